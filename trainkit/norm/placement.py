@@ -19,18 +19,42 @@ class Site:
 
     kind: "embed" and "head" (the two ends), "attn", "mlp", "conv" (sublayers), and inside a sublayer "q", "k", "v"
     (per head, before any rotation), "q_rotated", "k_rotated" (per head, after it), "hidden" (the activation's
-    input), "logits". width: channels there, on `axis`. layer: 0-based block of `depth`. index: 0-based sublayer of
-    `count` in the whole network. heads: how many heads share the spot (1 where there are none).
+    input), "last" (the input of an MLP's last layer), "logits". width: channels there, on `axis`. layer: 0-based block
+    of `depth`. index: 0-based sublayer of `count` in the whole network; depth and count are 0 where nobody told.
+    heads: how many heads share the spot (1 where there are none). stream: channels of the residual stream (`width`
+    unless told), for the spots whose own width differs.
     """
 
     kind: str
     width: int
     layer: int = 0
-    depth: int = 1
+    depth: int = 0
     axis: int = -1
     index: int = 0
-    count: int = 1
+    count: int = 0
     heads: int = 1
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        for name, number, of, total in (
+            ("layer", self.layer, "depth", self.depth),
+            ("index", self.index, "count", self.count),
+        ):
+            if not 0 <= number < (total or 1):
+                raise ValueError(
+                    f"Site.{name} counts from 0 and stays below Site.{of}; got {number} of {total} at {self.kind!r}"
+                )
+        if self.stream == 0:
+            object.__setattr__(self, "stream", self.width)
+
+    def located(self, option: str) -> Site:
+        """This site, once it is sure that the model told its layer, depth, index and count. `option` asks."""
+        if self.depth == 0 or self.count == 0:
+            raise ValueError(
+                f"{option} depends on which sublayer of how many it wraps, but the model's site {self.kind!r} has "
+                f"depth {self.depth} and count {self.count}. Pass layer, depth, index and count to Site; try norm=pre"
+            )
+        return self
 
 
 class Placement:
@@ -89,10 +113,21 @@ class Residual(nn.Module):
         return h if self.post is None else self.post(h)
 
     def extra_repr(self) -> str:
-        constants = {"skip": self.skip, "scale": self.scale}
-        return ", ".join(f"{k}={v:g}" for k, v in constants.items() if isinstance(v, (int, float)) and v != 1)
+        factors = {"skip": self.skip, "scale": self.scale}
+        words = {k: f"{v:g}" if isinstance(v, (int, float)) else "learned" for k, v in factors.items()}
+        return ", ".join(f"{k}={word}" for k, word in words.items() if word != "1")
 
 
 def times(factor: float | Tensor, x: Tensor) -> Tensor:
     """factor · x, without the multiplication where the factor is the constant one."""
     return x if isinstance(factor, (int, float)) and factor == 1 else factor * x
+
+
+def scale_branch(f: nn.Module, option: str, *, first: float, last: float) -> None:
+    """Multiplies a sublayer's value or input weights by `first`, its output weights by `last`; `option` asks for it."""
+    if not hasattr(f, "scale_branch"):
+        raise ValueError(
+            f"{option} rescales the initial weights of every sublayer, but {type(f).__name__} has no method "
+            "scale_branch(first=, last=). Give it one, or try norm=pre"
+        )
+    f.scale_branch(first=first, last=last)  # type: ignore[operator]

@@ -1,0 +1,47 @@
+# make run: everything from a bare machine to a trained model. make test: the same environment, then the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run setup format check test test-full bench clean
+
+run: $(VENV)/.installed
+	$(BIN)/python run.py model=gpt norm=peri
+
+setup: $(VENV)/.installed-test
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m trainkit.bench norm_layer
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Two steps, so that torch is never resolved beyond its pin, which on Linux would pull the CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -e ".[test]"
+	@touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,166 @@
+"""The weights of the last and of the best step, on disk in one piece at any moment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from trainkit.task.base import Task
+
+
+class LastAndBest(Checkpoint):
+    """<run>/checkpoints/last.ckpt, and best.ckpt: that of the validation with the best `monitor` so far.
+
+    last.ckpt is written after every validation, or every `every_n_steps` optimizer steps, and after the last step. Each
+    file is written beside its place, flushed to the disk and renamed, so a crash leaves the one before. Between steps
+    only: where a step is followed by a validation the file is made after it, as Lightning takes up a checkpoint from
+    before it as if that validation had been done. Holds plain types (torch.load with weights_only=True) and the states
+    of the random number generators of all ranks, so a continued run repeats the unbroken one bit for bit.
+    Raises ValueError where `monitor` was not validated.
+    """
+
+    def __init__(self, *, monitor: str = "val/loss", mode: str = "min", every_n_steps: int | None = None):
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint.mode must be min or max; got {mode!r}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"callbacks.checkpoint.every_n_steps must be at least 1, or null; got {every_n_steps}")
+        self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+        self.best: float | None = None
+        self._saved_step = -1
+        self._generators: list[dict[str, torch.Tensor]] = []
+
+    def setup(self, trainer: Trainer, pl_module: Task, stage: str) -> None:  # type: ignore[override]
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+
+    @property
+    def best_model_path(self) -> str:
+        """What ckpt_path="best" means to Lightning."""
+        return str(self.folder / "best.ckpt") if (self.folder / "best.ckpt").is_file() else ""
+
+    # --- when -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        self._saved_step = trainer.global_step
+        if len(self._generators) == trainer.world_size:
+            _set_generators(self._generators[trainer.global_rank])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        if self._saved_step == trainer.global_step or trainer.fit_loop._should_accumulate():
+            return
+        last = trainer.global_step >= pl_module.total_steps and not trainer.enable_validation
+        if (last or self._in_turn(trainer)) and not _validation_follows(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        best = self._improves(trainer)
+        last = trainer.global_step >= pl_module.total_steps
+        if last or self.every_n_steps is None or self._in_turn(trainer):
+            self._save(trainer, best=best)
+        elif best:
+            self._save(trainer, last=False, best=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+    def _in_turn(self, trainer: Trainer) -> bool:
+        return self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+
+    def _improves(self, trainer: Trainer) -> bool:
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor} is not validated; there are: {known or 'none'}")
+        value = float(trainer.callback_metrics[self.monitor])
+        better = value == value and (self.best is None or (value < self.best if self.mode == "min" else value > self.best))
+        if better:
+            self.best = value
+        return better
+
+    # --- how --------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, *, last: bool = True, best: bool = False) -> None:
+        """Every rank takes part, the first one writes."""
+        fresh, spare = self.folder / "last.ckpt.part", self.folder / "best.ckpt.part"
+        try:
+            trainer.save_checkpoint(fresh)
+            if trainer.is_global_zero:
+                _flush(fresh)
+                if best:
+                    _copy(fresh, spare)
+                    spare.replace(self.folder / "best.ckpt")
+                if last:
+                    fresh.replace(self.folder / "last.ckpt")
+                _flush(self.folder)
+        finally:
+            if trainer.is_global_zero:
+                fresh.unlink(missing_ok=True)
+                spare.unlink(missing_ok=True)
+        if last:
+            self._saved_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best": self.best, "generators": _gather(_generators())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._generators = state_dict["generators"]
+        if state_dict["monitor"] == self.monitor:
+            self.best = state_dict["best"]
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """The states of this process's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _gather(mine: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Every rank's value, by rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The same file under a second name; a real copy where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _flush(target)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

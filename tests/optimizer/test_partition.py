@@ -1,0 +1,140 @@
+"""Roles are total, and a Partition is one optimizer to everybody who looks at it."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from tests.menu import build, options
+from trainkit.optimizer.partition import Partition, by_role, roles, split
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build("model", "model=gpt", "model.depth=2", "model.width=16", "model.heads=2", "model.context=8").double()
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    optimizer.step()
+
+
+def mixed(net: nn.Module) -> Partition:
+    made = by_role(net, partial(SGD, lr=0.1, momentum=0.9), takes=["matrix"], rest=partial(AdamW, lr=1e-2))
+    assert isinstance(made, Partition)
+    return made
+
+
+def test_every_parameter_has_exactly_one_role():
+    net = network()
+    found = [p for ps in roles(net).values() for p in ps]
+    assert len(found) == len(set(found)) == len(list(net.parameters()))
+    assert {"matrix", "vector", "embed"} == set(roles(net))
+
+
+def test_a_tied_head_is_an_embedding_and_an_untied_one_a_head():
+    assert "head" not in roles(build("model", "model=gpt"))
+    untied = build("model", "model=gpt", "model.tie=false")
+    assert roles(untied)["head"] == [untied.head.weight]
+
+
+def test_decay_falls_on_the_named_roles_only():
+    optimizer = by_role(network(), partial(AdamW, lr=1e-3, weight_decay=0.1))
+    assert {g["role"]: g["weight_decay"] for g in optimizer.param_groups} == {"embed": 0.1, "vector": 0, "matrix": 0.1}
+
+
+def test_a_partition_steps_like_its_parts():
+    together, apart = network(), network()
+    optimizer = mixed(together)
+    found = roles(apart)
+    alone = [
+        SGD(found["matrix"], lr=0.1, momentum=0.9),
+        AdamW([{"params": found["embed"]}, {"params": found["vector"], "weight_decay": 0.0}], lr=1e-2),
+    ]
+    for seed in range(3):
+        step(together, optimizer, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for p in apart.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for one in alone:
+            one.step()
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_a_partition_resumes_exactly():
+    net = network()
+    optimizer = mixed(net)
+    step(net, optimizer, 0)
+    copy = network()
+    copy.load_state_dict(net.state_dict())
+    again = mixed(copy)
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    for seed in (1, 2):
+        step(net, optimizer, seed)
+        step(copy, again, seed)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), copy.parameters(), strict=True))
+
+
+def test_a_schedule_reaches_every_child():
+    optimizer = mixed(network())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert {g["lr"] for child in optimizer.children for g in child.param_groups} == {0.05, 0.005}
+
+
+def test_the_closure_runs_once():
+    calls = []
+    net = network()
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        calls.append(1)
+        return 3.0
+
+    assert mixed(net).step(closure) == 3.0
+    assert calls == [1]
+
+
+def test_a_role_without_parameters_and_parameters_without_an_optimizer_are_refused():
+    with pytest.raises(ValueError, match=r"names role 'matrixx', but the model's parameters are embed"):
+        by_role(network(), partial(SGD, lr=0.1), takes=["matrixx"])
+    with pytest.raises(ValueError, match="optimizer.rest must say who steps them"):
+        by_role(network(), partial(SGD, lr=0.1), takes=["matrix"])
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        by_role(nn.ReLU(), partial(SGD, lr=0.1))
+
+
+@pytest.mark.parametrize("name", [n for n in options("optimizer")])
+def test_every_optimizer_of_the_menu_lowers_a_quadratic_and_resumes(name):
+    """Same next steps after save and load; the loss falls."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        net = nn.Linear(6, 4)
+        factory, words = split(build("optimizer", f"optimizer={name}", "optimizer.lr=0.05"))
+        return net, by_role(net, factory, **words)
+
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+        loss = torch.tensor(0.0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = (net(x) - x[:, :4]).square().mean()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    net, optimizer = make()
+    first, last = train(net, optimizer, 1), train(net, optimizer, 60)
+    assert last < 0.5 * first
+    other, again = make()
+    other.load_state_dict(net.state_dict())
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert train(net, optimizer, 3) == train(other, again, 3)

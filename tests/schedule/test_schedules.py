@@ -1,0 +1,39 @@
+"""Every schedule peaks at 1, follows its formula, and reaches its end at `total`."""
+
+from math import cos, pi
+
+import pytest
+
+from tests.menu import build, options
+
+
+@pytest.mark.parametrize("name", options("schedule"))
+@pytest.mark.parametrize("warmup", [0, 0.1, 30])
+def test_the_peak_is_one_and_nothing_is_negative(name, warmup):
+    schedule = build("schedule", f"schedule={name}", f"schedule.warmup={warmup}")(total=300)
+    factors = [schedule(step) for step in range(301)]
+    assert max(factors) == 1.0
+    assert min(factors) >= 0
+    assert factors[0] > 0
+
+
+@pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("linear", 0.0), ("cosine", 0.1), ("wsd", 0.0)])
+def test_the_end_is_reached_at_total_and_kept(name, end):
+    schedule = build("schedule", f"schedule={name}")(total=200)
+    assert schedule(200) == pytest.approx(end, abs=1e-12)
+    assert schedule(500) == pytest.approx(end, abs=1e-12)
+
+
+def test_formulas():
+    cosine = build("schedule", "schedule=cosine", "schedule.warmup=10", "schedule.final=0.2")(total=110)
+    assert cosine(4) == 0.5
+    assert cosine(35) == pytest.approx(0.2 + 0.8 * (1 + cos(pi * 0.25)) / 2)
+    linear = build("schedule", "schedule=linear", "schedule.warmup=0")(total=100)
+    assert linear(25) == 0.75
+    wsd = build("schedule", "schedule=wsd", "schedule.warmup=0", "schedule.decay=0.5")(total=100)
+    assert (wsd(50), wsd(75)) == (1.0, 0.5)
+
+
+def test_a_length_beyond_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"schedule\.warmup must lie between 0 and the run's 100 steps; got 200"):
+        build("schedule", "schedule=linear", "schedule.warmup=200")(total=100)

@@ -1,0 +1,61 @@
+"""Each YAML has its file and each leaf its YAML; every key is a parameter of its target."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = ("norm", "norm_layer", "schedule", "gradient", "projection", "continual", "learner", "data", "task")
+# Interfaces and helpers that stand beside the leaves which use them.
+NOT_LEAVES = {
+    "norm": {"placement"},
+    "norm_layer": {"rowwise", "stateful", "qk", "identity"},
+    "schedule": {"warmup"},
+    "continual": {"strategy"},
+    "data": {"corpus", "documents", "progress", "tokenizer", "tokens", "windows"},
+    "task": {"base"},
+}
+
+
+def nodes(value):
+    """Every mapping with a _target_ in a YAML file."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value
+        for child in value.values():
+            yield from nodes(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from nodes(child)
+
+
+def every_target():
+    for path in sorted((ROOT / "conf").rglob("*.yaml")):
+        for node in nodes(yaml.safe_load(path.read_text())):
+            yield pytest.param(path, node, id=f"{path.relative_to(ROOT / 'conf')}:{node['_target_'].split('.')[-1]}")
+
+
+@pytest.mark.parametrize(("path", "node"), every_target())
+def test_each_key_is_a_parameter_of_its_target(path, node):
+    module, _, name = node["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    fed = {"takes", "decay", "rest"} if path.parent.name == "optimizer" else set()
+    keys = {k for k in node if not k.startswith("_")} - fed
+    assert keys <= set(parameters), f"{path}: {keys - set(parameters)}"
+
+
+@pytest.mark.parametrize("group", PLUGINS)
+def test_each_leaf_has_its_yaml_of_the_same_name(group):
+    leaves = {p.stem for p in (ROOT / "trainkit" / group).glob("*.py")} - {"__init__"} - NOT_LEAVES.get(group, set())
+    options = {p.stem for p in (ROOT / "conf" / group).glob("*.yaml")}
+    assert leaves <= options, f"without a YAML: {leaves - options}"
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        for node in nodes(yaml.safe_load(path.read_text())):
+            if node["_target_"].startswith(f"trainkit.{group}.") and path.stem != "none":
+                assert node["_target_"].split(".")[2] == path.stem, path

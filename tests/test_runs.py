@@ -1,0 +1,169 @@
+"""Whole runs through the user's door."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import trainkit
+from trainkit.launch.explain import UserError
+from trainkit.report.metrics_file import read
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "model.depth=2", "model.width=16", "model.heads=2", "model.context=16",
+    "data.batch_size=4", "data.val_batches=1", "data.test_batches=1", "trainer.log_every_n_steps=2", "trainer.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture
+def words(tmp_path, corpus):
+    folders = [f"paths.log_dir={tmp_path / 'logs'}", f"paths.cache_dir={tmp_path / 'cache'}"]
+    return [*SMALL, "data=text", f"data.path={corpus}", "logger=none", "trainer.max_steps=6", *folders]
+
+
+def door(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
+    return subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["train/loss"]) for line in read(run / "metrics.jsonl") if "train/loss" in line]
+
+
+def test_a_run_leaves_what_the_readme_promises(words):
+    result = trainkit.run(["model=gpt", "norm=peri", *words])
+    run = result.dir
+    assert result.status == "finished"
+    written = json.loads((run / "result.json").read_text())
+    assert written["status"] == "finished"
+    assert written["metrics"]["val/loss"] == result.metrics["val/loss"]
+    assert written["versions"]["torch"]
+    assert {f"figures/grad_norm_{kind}.png" for kind in ("heatmap", "profile")} <= set(written["figures"])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["vocab"] == 256
+    assert config["task"]["model"]["norm"]["_target_"] == "trainkit.norm.peri.Peri"
+    assert [step for step, _ in losses(run)] == [1, 2, 4, 6]
+    names = {name for line in read(run / "metrics.jsonl") for name in line}
+    assert {"grad_norm/global", "grad_norm/clipped", "grad_norm/blocks.1.attn", "grad_norm/embed", "lr"} <= names
+    assert (run / "run.log").read_text().count("val/loss") >= 1
+    torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_the_last_step_is_validated_and_checkpointed(words):
+    run = trainkit.run([*words, "trainer.val_check_interval=4"]).dir
+    assert [line["step"] for line in read(run / "metrics.jsonl") if "val/loss" in line] == [4, 6]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(words):
+    first, second, third = (trainkit.run([*words, f"seed={seed}"]).dir for seed in (1, 1, 2))
+    assert losses(first) == losses(second) != losses(third)
+
+
+def test_resume_continues_in_place_as_if_never_stopped(words):
+    unbroken = trainkit.run([*words, "trainer.max_steps=10", "schedule=constant", "model.dropout=0.1"]).dir
+    run = trainkit.run([*words, "trainer.max_steps=4", "schedule=constant", "model.dropout=0.1"]).dir
+    resumed = trainkit.run([f"resume={run}", "trainer.max_steps=10"])
+    assert resumed.dir == run
+    assert losses(run) == losses(unbroken)
+    a, b = (torch.load(d / "checkpoints" / "last.ckpt", weights_only=True) for d in (run, unbroken))
+    assert all(torch.equal(a["state_dict"][k], v) for k, v in b["state_dict"].items())
+
+
+def test_resume_refuses_another_model(words):
+    run = trainkit.run(words).dir
+    with pytest.raises(UserError, match=r"resume continues a run with model\.depth=2, and model\.depth=3"):
+        trainkit.run([f"resume={run}", "model.depth=3"])
+
+
+def test_eval_reports_the_runs_own_model_and_leaves_its_metrics_alone(words):
+    result = trainkit.run(["norm=post", *words])
+    before = (result.dir / "metrics.jsonl").read_text()
+    evaluated = trainkit.run(["mode=eval", f"resume={result.dir}"])
+    assert evaluated.dir == result.dir / "eval"
+    assert evaluated.metrics["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-6)
+    assert (result.dir / "metrics.jsonl").read_text() == before
+
+
+def test_init_from_starts_a_new_run_from_old_weights(words):
+    first = trainkit.run(words)
+    second = trainkit.run([*words, f"init_from={first.dir}", "trainer.max_steps=1"])
+    assert second.dir != first.dir
+    assert losses(second.dir)[0][1] < losses(first.dir)[0][1]
+
+
+def test_accumulation_gives_the_same_training(words):
+    whole, parts = (
+        trainkit.run([*words, f"trainer.accumulate_grad_batches={n}", "trainer.precision=64-true"]).dir for n in (1, 2)
+    )
+    for (step, a), (other, b) in zip(losses(whole), losses(parts), strict=True):
+        assert step == other
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_a_sweep_gives_every_job_its_own_run(words, tmp_path):
+    done = door("-m", "norm=pre,peri", *words, "trainer.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "logs").rglob("sweep.json")
+    jobs = json.loads(sweep.read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["finished", "finished"]
+    placements = [yaml.safe_load((sweep.parent / n / "config.yaml").read_text())["choices"]["norm"] for n in "01"]
+    assert placements == ["pre", "peri"]
+    assert "val/loss" in done.stdout
+
+
+MISTAKES = {
+    "a missing corpus": (["data.path={tmp}/nowhere.txt"], "data.path"),
+    "an empty corpus": (["data.path={tmp}/empty.txt"], "empty"),
+    "a corpus shorter than one context": (["data.path={tmp}/short.txt"], "context"),
+    "undecodable bytes": (["data.path={tmp}/bytes.txt"], "UTF-8"),
+    "a batch that does not divide": (["trainer.accumulate_grad_batches=3"], "data.batch_size"),
+    "heads that do not divide": (["model.heads=3"], "model.heads"),
+    "a context beyond the model's": (["data.context=64"], "context"),
+    "an unwritable log directory": (["paths.log_dir=/proc/logs"], "paths.log_dir"),
+    "a resume directory that is no run": (["resume={tmp}"], "no run directory"),
+    "no end": (["trainer.max_steps=-1"], "trainer.max_steps"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_input_is_one_sentence_and_leaves_the_disk_alone(mistake, words, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("ab")
+    (tmp_path / "bytes.txt").write_bytes(b"abc \xff\xfe" * 1000)
+    before = sorted((tmp_path / "logs").rglob("*"))
+    extra, says = MISTAKES[mistake]
+    with pytest.raises(UserError, match=says) as error:
+        trainkit.run([*words, *(word.format(tmp=tmp_path) for word in extra)])
+    assert str(error.value).count("\n") <= 2
+    assert sorted((tmp_path / "logs").rglob("*")) == before
+
+
+def test_a_mistake_exits_with_2_and_no_traceback(words):
+    done = door(*words, "model.heads=3")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "model.width must be a multiple of model.heads" in done.stderr
+
+
+def test_a_failure_exits_with_1_and_says_so_on_disk(words, tmp_path):
+    done = door(*words, "optimizer=sgd", "optimizer.lr=1e30", "gradient=none", "trainer.max_steps=20")
+    assert done.returncode == 1
+    (result,) = (tmp_path / "logs").rglob("result.json")
+    written = json.loads(result.read_text())
+    assert written["status"] == "failed"
+    assert "NonFiniteLoss" in written["reason"]
+    assert "Traceback" in (result.parent / "run.log").read_text()

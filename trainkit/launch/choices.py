@@ -1,0 +1,103 @@
+"""Checks of what is chosen: groups, options, and companions that choices bring along or require."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+from trainkit.launch.composition import Composition
+from trainkit.launch.explain import UserError, did_you_mean, listed, shown
+from trainkit.launch.sources import Folders, Source
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+MANY = ("callbacks", "logger")  # groups of named listeners, of which several may be chosen
+OVERLAYS = ("experiment", "debug")  # they pin a whole run: what they choose beats a companion, not the command line
+
+
+def check_sweep(word: Override, multirun: bool) -> None:
+    """A sweep needs -m, and sweeps only what belongs to a job."""
+    if not word.is_sweep_override():
+        return
+    key, typed = word.key_or_group, word.input_line
+    if word.is_hydra_override():
+        raise UserError(f"{typed}: {key} belongs to the whole sweep and has one value")
+    if not multirun:
+        value = (typed or "").partition("=")[2]
+        raise UserError(
+            f"{typed} is a sweep, one job for each value: add -m (python run.py -m {typed})",
+            f"if a list is meant, write {key}=[{value}]" if "(" not in value else "",
+        )
+
+
+def check_choice(word: Override, folders: Folders, standing: Collection[str]) -> None:
+    """The word of a group names an option that exists, one where the group takes one; standing: chosen by default."""
+    group, typed, value = word.key_or_group, word.input_line, word.value()
+    options = folders.options(group)
+    if word.is_delete():
+        without = f"write {group}=none" if "none" in options else f"choose another: {group}=OPTION"
+        raise UserError(f"{typed}: a run always has a {group}; {without}", listed(f"options of {group}", options))
+    if group in standing and (word.is_add() or word.is_force_add()):
+        raise UserError(f"{typed}: {group} is chosen by default; drop the '+' to choose another option")
+    if isinstance(value, list) and group not in MANY:
+        joined = ",".join(str(option) for option in value)
+        raise UserError(
+            f"{typed}: {group} takes one option, not a list",
+            f"for one job with each: python run.py -m {group}={joined}",
+        )
+    for option in value if isinstance(value, list) else [value]:
+        name = shown(option)
+        if name not in options:
+            elsewhere = [other for other in folders.groups if name in folders.options(other)]
+            raise UserError(
+                f"{group}={name}: {group} has no option '{name}'{did_you_mean(name, options)}",
+                listed(f"options of {group}", options),
+                f"'{name}' is an option of {elsewhere[0]}: {elsewhere[0]}={name}" if elsewhere else "",
+            )
+
+
+def check_companions(job: Composition) -> None:
+    """No two choices want different companions, and no choice lacks one that it cannot work without."""
+    pinned = {word.key_or_group for word in job.words if not word.is_hydra_override()}
+    for group, wishes in _wishes(job.files).items():
+        overlays = {who: what for who, what in wishes.items() if who.partition("=")[0] in OVERLAYS}
+        rivals = list((overlays or wishes).items())
+        different = [rival for rival in rivals if rival[1] != rivals[0][1]]
+        if group not in pinned and different:
+            (one, wants), (other, wants_too) = rivals[0], different[0]
+            raise UserError(
+                f"{one} brings {group}={wants}, but {other} brings {group}={wants_too}",
+                f"say which on the command line: {group}={wants} or {group}={wants_too}",
+            )
+    for who, group, options in _needs(job.files):
+        chosen = job.choices.get(group)
+        if not {str(c) for c in (chosen if isinstance(chosen, list) else [chosen])} & set(options):
+            raise UserError(
+                f"{who} cannot work without {group}={' or '.join(options)}; {_blame(job, group, chosen, pinned)}",
+                f"choose {group}={options[0]}, or something else than {who}",
+            )
+
+
+def _wishes(files: list[Source]) -> dict[str, dict[str, Any]]:
+    """{group: {choice: the option it overrides that group with}}."""
+    wishes: dict[str, dict[str, Any]] = {}
+    for source in files:
+        for group, option, is_override in source.defaults():
+            if is_override:
+                wishes.setdefault(group, {})[source.choice] = option
+    return wishes
+
+
+def _needs(files: list[Source]) -> Iterator[tuple[str, str, list[str]]]:
+    """(choice, group, the options of which it needs one), from each file's `requires`."""
+    for source in files:
+        for group, options in (source.find("requires") or {}).items():
+            yield source.choice, group, [str(o) for o in (options if isinstance(options, list) else [options])]
+
+
+def _blame(job: Composition, group: str, chosen: Any, pinned: set[str]) -> str:
+    if group in pinned:
+        return f"the command line says {group}={chosen}"
+    bringers = [who for who, what in _wishes(job.files).get(group, {}).items() if what == chosen]
+    return f"{bringers[0]} brings {group}={chosen}" if bringers else f"{group}={chosen} is chosen"

@@ -1,0 +1,258 @@
+"""One run, from a checked configuration to its result: the modes train and eval."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from trainkit.launch import rundir, versions
+from trainkit.launch.compose import overlay
+from trainkit.launch.console import log, show, to_file, to_terminal
+from trainkit.launch.explain import UserError
+from trainkit.launch.preflight import check_config
+from trainkit.launch.rundir import Run
+from trainkit.launch.runconfig import continues, load_config, plain, save_config
+from trainkit.launch.screens import opening, summary
+from trainkit.optimizer.partition import describe
+from trainkit.report.metrics_file import read
+from trainkit.task.base import Task
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: its directory, its final metrics by name, and how it ended (finished, failed, interrupted)."""
+
+    dir: Path
+    metrics: dict[str, float]
+    status: str
+
+
+def execute(cfg: DictConfig, overrides: list[str]) -> Result:
+    """Carries out the configuration's mode. Raises UserError for a mistake that shows only once data are read."""
+    to_terminal()
+    return {"train": train, "eval": evaluate}[cfg.mode](cfg, overrides)
+
+
+def train(cfg: DictConfig, overrides: list[str]) -> Result:
+    """Data, model, fit, test; everything that is learnt on the way lies in the run directory."""
+    previous = _previous(cfg)
+    if previous is not None:
+        continues(cfg, previous)
+    with mistakes():
+        data = build_data(cfg)
+        task = build_task(cfg)
+        if cfg.init_from:
+            load_weights(task, rundir.find(cfg.init_from, cfg.paths.log_dir), cfg.checkpoint)
+        run = locate(cfg, overrides, previous)
+        trainer = build_trainer(cfg, run.dir)
+        data.trainer = trainer
+        data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
+    with run, reported(run), to_file(run.dir / "run.log") if run.primary else nullcontext():
+        checkpoint = run.checkpoint()
+        loggers = trainer.loggers = build_loggers(cfg, run, checkpoint)
+        if run.primary:
+            save_config(cfg, run.dir / "config.yaml")
+            show(opening(cfg, run, describe(task.model)))
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            metrics = _numbers(trainer)
+            if trainer.state.finished:
+                trainer.test(task, datamodule=data, verbose=False)
+                metrics |= _numbers(trainer)
+        finally:
+            finish_loggers(loggers)
+        run.result |= {"status": "finished", "reason": "the run reached its end", "metrics": metrics}
+        run.result["figures"] = sorted(str(p.relative_to(run.dir)) for p in run.dir.glob("figures/*.png"))
+        if run.primary:
+            show(summary(cfg, run, metrics))
+    return Result(run.dir, metrics, "finished")
+
+
+def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
+    """A run's own configuration and weights on its validation and test sets; written to <run>/eval/ alone."""
+    directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
+    own = overlay(load_config(directory / "config.yaml"), overrides)
+    check_config(own, plugins=list(cfg.plugins))
+    target = directory / "eval"
+    rundir.make(target)
+    with to_file(target / "run.log"):
+        with mistakes():
+            data = build_data(own)
+            task = build_task(own)
+            load_weights(task, directory, own.checkpoint)
+            trainer = make(own, "trainer")(callbacks=[], run_dir=target)
+        metrics: dict[str, float] = {}
+        for evaluation in (trainer.validate, trainer.test):
+            evaluation(task, datamodule=data, verbose=False)
+            metrics |= _numbers(trainer)
+        result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
+        rundir.write_json(target / "result.json", result | {"ended": time.time(), "versions": versions.versions()})
+        for name, value in metrics.items():
+            log.info("%s %.6g", name, value)
+        log.info("written to %s", target / "result.json")
+    return Result(target, metrics, "finished")
+
+
+# --- the parts ---------------------------------------------------------------------------------------------------
+
+
+def make(cfg: DictConfig, group: str) -> Any:
+    """What the node `group` describes; built from a copy, because Hydra resolves the nodes it refers to in place."""
+    return instantiate(deepcopy(cfg)[group], _convert_="all")
+
+
+def build_data(cfg: DictConfig) -> LightningDataModule:
+    """The data module, prepared; what only reading the data tells is written into the configuration."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data = make(cfg, "data")
+    data.prepare_data()
+    for name, value in data.facts().items():
+        OmegaConf.update(cfg, f"data.{name}", value)
+    return data
+
+
+def build_task(cfg: DictConfig) -> Task:
+    """The task with model and plugins; seeded, so that the weights depend on the seed and the model alone."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    return make(cfg, "task")
+
+
+def build_loggers(cfg: DictConfig, run: Run, checkpoint: Path | None) -> list[Logger]:
+    """metrics.jsonl, and what `logger` chooses; lines beyond the checkpoint that is resumed from are dropped."""
+    from trainkit.launch.loggers import JsonlLogger
+
+    jsonl = JsonlLogger(run.dir)
+    if run.resumed and run.primary:
+        step = torch.load(checkpoint, weights_only=True, mmap=True)["global_step"] if checkpoint else 0
+        jsonl.truncate_after(step)
+    made = make(cfg, "logger")
+    if not made:
+        return [jsonl]
+    made = made(
+        run_dir=run.dir,
+        log_dir=Path(cfg.paths.log_dir),
+        run_id=run.id,
+        name=run.dir.name if not run.dir.name.isdigit() else f"{run.dir.parent.name}/{run.dir.name}",
+        config=plain(cfg),
+        group=run.dir.parent.name if run.dir.name.isdigit() else None,
+        resumed=run.resumed,
+    )
+    return [jsonl, *(made if isinstance(made, list) else [made])]
+
+
+def finish_loggers(loggers: list[Logger]) -> None:
+    """Closes every logger, telling those that ask (W&B) how the run ended."""
+    failed = sys.exc_info()[0] is not None
+    for logger in loggers:
+        logger.finalize("failed" if failed else "success")
+        if hasattr(logger, "finish"):
+            logger.finish(exit_code=int(failed))  # type: ignore[attr-defined]
+
+
+def build_trainer(cfg: DictConfig, directory: Path) -> Trainer:
+    callbacks = make(cfg, "callbacks") or {}
+    return make(cfg, "trainer")(callbacks=list(callbacks.values()), run_dir=directory)
+
+
+def load_weights(task: Task, directory: Path, which: str) -> None:
+    """Puts a run's weights into a task; UserError where there are none or they are another model's."""
+    path = directory / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        raise UserError(f"{str(directory)!r} has no {which}.ckpt: the run ended before its first checkpoint")
+    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+    try:
+        task.load_state_dict(state)
+    except RuntimeError as error:
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise UserError(f"the weights in {str(path)!r} are of another model: {first}") from None
+
+
+def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
+    """The run and its directory, not yet on disk: the previous one, the one that was named, or a new one."""
+    primary = rundir.rank() == 0
+    shared = os.environ.get(rundir.SHARED_DIR)
+    if not primary and shared:
+        return Run(
+            Path(shared), id=rundir.read_json(Path(shared, "result.json"))["id"], overrides=overrides, primary=False
+        )
+    if previous is not None:
+        directory, before = previous, rundir.read_json(previous / "result.json")
+    elif cfg.paths.run_dir:
+        directory, before = Path(cfg.paths.run_dir), {}
+        if rundir.is_run(directory):
+            raise UserError(
+                f"paths.run_dir: {str(directory)!r} holds a run already; continue it with resume={directory}"
+            )
+    else:
+        directory, before = rundir.new_dir(cfg.paths.log_dir, cfg.name or cfg.choices.model), {}
+    # Drawn from the system and not from `random`, which the seed makes the same in every run.
+    run_id = before.get("id") or secrets.token_hex(4)
+    result = {"status": "running", "id": run_id, "overrides": overrides, "choices": dict(cfg.choices)}
+    result |= {"started": before.get("started", time.time()), "pid": os.getpid(), "versions": versions.versions()}
+    return Run(directory, run_id, overrides, resumed=previous is not None, primary=primary, result=result)
+
+
+# --- how it may go wrong -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """While parts are built, a ValueError or OSError is the user's mistake: its sentence without the traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ValueError, OSError)):
+            raise UserError(str(cause)) from cause
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def reported(run: Run) -> Iterator[None]:
+    """Writes how a run failed into its result and its log, and lets the exception go on."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        run.result |= {
+            "status": "interrupted" if interrupted else "failed",
+            "reason": f"{type(error).__name__}: {error}",
+        }
+        if run.primary:
+            with (run.dir / "run.log").open("a") as file:
+                traceback.print_exc(file=file)
+        raise
+    finally:
+        run.result["ended"] = time.time()
+
+
+def _previous(cfg: DictConfig) -> Path | None:
+    if not cfg.resume or rundir.rank() > 0:
+        return None
+    return rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    """The last value of everything logged, per-layer values left out: those are in metrics.jsonl."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in values.items() if not name.startswith("grad_norm/") or name.count("/") == 0}

@@ -1,0 +1,104 @@
+"""Where metrics go: metrics.jsonl in every run, and one of `logger=wandb|csv|tensorboard|none`.
+
+A choice is called with run_dir, log_dir, run_id, name, config, group and resumed, and returns a Lightning logger or
+a list of them. W&B has a file of its own, wandb.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from trainkit.report.metrics_file import Row, line, parse
+
+
+class JsonlLogger(Logger):
+    """Writes <run_dir>/metrics.jsonl: one line per step, handed to the operating system as soon as it is known.
+
+    What is logged for the step of the last line is merged into that line, in place. A file that exists is continued;
+    a torn last line is overwritten.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        super().__init__()
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._file: IO[bytes] | None = None
+        self._start = 0  # where the last line begins
+        self._last: Row = {}
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        file = self._open()
+        step = self._last.get("step", 0) if step is None else int(step)
+        if step != self._last.get("step"):
+            self._start, self._last = file.seek(0, 2), {"step": step}
+        self._last |= metrics
+        file.seek(self._start)
+        file.write(line(self._last).encode())
+        file.truncate()
+        file.flush()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in config.yaml, next to this file."""
+
+    @rank_zero_only
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines beyond `step`, to continue from the checkpoint made there."""
+        self._keep(self._open(), step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self._file = self.path.open("r+b")
+            self._keep(self._file)
+        return self._file
+
+    def _keep(self, file: IO[bytes], last_step: float = inf) -> None:
+        """Cuts the file behind its last whole line of a step up to `last_step`, which becomes the last line."""
+        position = end = self._start = 0
+        self._last = {}
+        file.seek(0)
+        for text in file:
+            row = parse(text) if text.endswith(b"\n") else None
+            if row is not None and row["step"] > last_step:
+                break
+            if row is not None:
+                self._start, self._last, end = position, row, position + len(text)
+            position += len(text)
+        file.truncate(end)
+
+
+def csv_logger(*, run_dir: Path, **_: Any) -> CSVLogger:
+    """<run_dir>/csv/version_<n>/metrics.csv, one version for every time the run was started."""
+    return CSVLogger(save_dir=run_dir, name="csv", flush_logs_every_n_steps=1)
+
+
+def tensorboard_logger(*, run_dir: Path, **_: Any) -> TensorBoardLogger:
+    """<run_dir>/tensorboard/events.…; show with `tensorboard --logdir`."""
+    return TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)
+
+
+def no_logger(**_: Any) -> list[Logger]:
+    """Nothing beyond metrics.jsonl."""
+    return []

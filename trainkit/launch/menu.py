@@ -1,0 +1,121 @@
+"""The menu: what `python run.py --help` prints, read from conf/ and from docstrings without importing anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from trainkit.launch.definition import docstring
+from trainkit.launch.sources import CONF, Folders, Source, default_groups
+
+WIDTH = 100
+USAGE = """\
+usage: python run.py [-m] [group=option ...] [key=value ...]
+
+  python run.py model=gpt norm=peri                       one run
+  python run.py norm=peri optimizer.lr=3e-4 seed=1        any key of the configuration is one word
+  python run.py -m norm=pre,post,peri seed=0,1,2          a sweep: every combination, one run each
+  python run.py resume=last                               go on with the newest run
+  python run.py mode=eval resume=last                     test it
+  python run.py norm=mix --cfg job                        show the whole configuration, run nothing
+  python run.py hydra.searchpath=[my_conf] norm=mine      options from a folder of your own"""
+
+
+class Entry(NamedTuple):
+    """One option of the menu: its group, its name, one line about it, and the paper's arXiv number if it names one."""
+
+    group: str
+    option: str
+    line: str
+    arxiv: str | None
+
+
+@cache
+def catalogue() -> tuple[Entry, ...]:
+    """Every option of conf/, group by group in the order of conf/config.yaml."""
+    folders = Folders()
+    return tuple(_entry(group, option, folders) for group in groups() for option in folders.options(group))
+
+
+def groups() -> list[str]:
+    """The groups in the order of conf/config.yaml's defaults list, then those that it leaves out."""
+    in_order = list(default_groups())
+    return in_order + [group for group in Folders().groups if group not in in_order]
+
+
+def _entry(group: str, option: str, folders: Folders) -> Entry:
+    path = folders.file(group, option)
+    assert path is not None
+    source = Source(f"{group}={option}", path, group)
+    target = _own_target(source, group)
+    module, own = docstring(target) if target else ("", "")
+    ours = target.startswith(("trainkit.", "callbacks."))
+    line = _first(module if ours else own) or _first(own) or _header(source) or target
+    arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", f"{module}\n{own}" if ours else "")
+    return Entry(group, option, line, arxiv[1] if arxiv else None)
+
+
+def _own_target(source: Source, group: str) -> str:
+    """The target that an option stands for: its file's own, or that of the only node in it."""
+    node = source.find(group) if source.package == "" else source.data
+    if not isinstance(node, dict):
+        return ""
+    nodes = [value for value in node.values() if isinstance(value, dict) and "_target_" in value]
+    return str(node.get("_target_") or (nodes[0]["_target_"] if len(nodes) == 1 else ""))
+
+
+def _first(docstring: str) -> str:
+    """The first paragraph as one line."""
+    return " ".join(docstring.split("\n\n")[0].split()).rstrip(".")
+
+
+def _header(source: Source) -> str:
+    """The comment at the top of a file."""
+    lines = (line for line in source.text.splitlines() if not line.startswith("# @package"))
+    first = next(lines, "")
+    return first[1:].strip().rstrip(".") if first.startswith("#") else ""
+
+
+def menu(*, bold: bool = False) -> str:
+    """The whole help text, at most 100 columns wide; bold: with emphasis for a terminal."""
+    lines = [USAGE, "", *_group_lines(bold), *_key_lines(bold)]
+    return "\n".join(lines)
+
+
+def _group_lines(bold: bool) -> Iterator[str]:
+    defaults = default_groups()
+    yield f"{_strong('Groups', bold)} (* marks the default)"
+    for group in groups():
+        entries = [entry for entry in catalogue() if entry.group == group]
+        width = max((len(entry.option) for entry in entries), default=0)
+        yield ""
+        yield f"{_strong(group, bold)}="
+        for entry in entries:
+            mark = "*" if entry.option == defaults.get(group) else " "
+            yield cut(f"  {mark} {entry.option:{width}}  {_without_citation(entry.line)}")
+
+
+def _key_lines(bold: bool) -> Iterator[str]:
+    """The keys at the top of conf/config.yaml with their comments."""
+    source = Source("", CONF / "config.yaml")
+    keys = [key for key in source.data if key not in ("defaults", "hydra", "requires")]
+    width = max(len(key) for key in keys)
+    yield ""
+    yield f"{_strong('Keys', bold)} (every key of every option: python run.py --cfg job)"
+    for key in keys:
+        yield cut(f"    {key:{width}}  {source.comment(key)}")
+
+
+def _without_citation(line: str) -> str:
+    return re.sub(r"\s*\([^()]*\d{4}[^()]*\)", "", line)
+
+
+def _strong(text: str, bold: bool) -> str:
+    return f"\033[1m{text}\033[0m" if bold else text
+
+
+def cut(line: str) -> str:
+    """`line` cut to the menu's width, its columns kept."""
+    return line.rstrip() if len(line.rstrip()) <= WIDTH else line[: WIDTH - 1].rstrip() + "…"

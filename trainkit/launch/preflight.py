@@ -1,0 +1,211 @@
+"""Every job is composed and checked before anything heavy is imported and anything is written.
+
+A mistake costs the user one reading of at most three lines: what is wrong, where, and what was probably meant. The
+sentences stand beside their checks: the shape of a word in words.py, groups and companions in choices.py, keys and
+values in values.py, targets and their keywords in targets.py, and what Hydra or YAML raise in explain.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainkit.launch import words
+from trainkit.launch.choices import check_choice, check_companions, check_sweep
+from trainkit.launch.compose import assign, choose, is_value, register_resolvers, search
+from trainkit.launch.composition import Composition
+from trainkit.launch.explain import UserError, did_you_mean
+from trainkit.launch.sources import Folders, default_groups
+from trainkit.launch.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
+from trainkit.launch.values import check_missing, check_nodes, check_top, check_value
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+__all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "preflight"]
+
+MODES = ("train", "eval")
+FROM_RUN = ("eval",)  # these take the configuration of an earlier run, named by resume=
+OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep")
+
+
+@dataclass
+class Plan:
+    """What a command line asks for: the words and the configuration of each job, all of them checked.
+
+    passthrough: the answer is Hydra's own (--info, --hydra-help, --cfg hydra, ...). launcher: the option of
+    hydra/launcher; with "basic" a sweep is ours to run.
+    """
+
+    overrides: list[list[str]] = field(default_factory=list)
+    configs: list[DictConfig] = field(default_factory=list)
+    multirun: bool = False
+    passthrough: bool = False
+    launcher: str = "basic"
+
+
+def preflight(argv: Sequence[str]) -> Plan:
+    """The door of run.py: answers --help and --cfg job itself; a mistake is printed and ends with exit code 2."""
+    try:
+        line = words.read(list(argv))
+        if "help" in line.flags:
+            from trainkit.launch.menu import menu
+
+            _answer(menu(bold=sys.stdout.isatty()))
+        plan = check(argv)
+        if line.flags.get("cfg") == "job":
+            _answer(_job_text(plan, line))
+        return plan
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _answer(text: str) -> None:
+    """Prints and ends. A reader that stops early (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def check(argv: Sequence[str]) -> Plan:
+    """The plan behind a command line. Raises UserError for the first mistake found."""
+    line = words.read(list(argv))
+    if {"hydra_help", "version", "shell_completion"} & set(line.flags):
+        return Plan([line.overrides], passthrough=True)
+    folders = search(line.overrides)
+    parsed = words.parse(line.overrides, folders)
+    standing = default_groups()
+    for word in parsed:
+        check_sweep(word, line.multirun)
+        if _is_choice(word, folders):
+            _each_option(word, lambda one: check_choice(one, folders, standing))
+        if word.key_or_group == "hydra.mode":
+            raise UserError(f"{word.input_line}: say -m on the command line for a sweep, and nothing for one job")
+    jobs = words.jobs(parsed) if line.multirun else [line.overrides]
+    compose = _remembering(choose) if line.multirun else choose
+    configs = [_check_job(job, folders, compose) for job in jobs]
+    return Plan(
+        overrides=[[word for word in job if not word.startswith(OF_THE_SWEEP)] for job in jobs],
+        configs=configs,
+        multirun=line.multirun,
+        passthrough=line.for_hydra,
+        launcher=next((str(w.value()) for w in reversed(parsed) if w.key_or_group == "hydra/launcher"), "basic"),
+    )
+
+
+def check_config(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> None:
+    """Checks a configuration that was read from a run's directory, which may be somebody else's.
+
+    plugins: the packages that today's user names; what the configuration itself says about plugins counts for
+    nothing. Raises UserError.
+    """
+    register_resolvers()
+    check_plugins(list(plugins))
+    job = Composition(cfg, earlier=True)
+    check_literal(job)
+    check_missing(job)
+    check_targets(job, plugins)
+    check_parameters(job)
+
+
+def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[str]], DictConfig]) -> DictConfig:
+    parsed = words.parse(job_words, folders)
+    values = [word for word in parsed if is_value(word, folders)]
+    chosen = [word.input_line or "" for word in parsed if word not in values]
+    job = Composition(compose(chosen), folders, parsed)
+    from_run = any(word.key_or_group == "mode" and word.value() in FROM_RUN for word in values)
+    for word in values:
+        if from_run and word.key_or_group.split(".")[0] in job.choices:
+            continue  # meant for the earlier run's choices; compose.overlay compares it with those
+        check_value(word, job)
+        assign(job.cfg, word)
+    checks = (check_mode,) if from_run else CHECKS
+    for check_one in checks:
+        check_one(job)
+    return job.cfg
+
+
+def check_mode(job: Composition) -> None:
+    """The mode exists, and has the run that it works on."""
+    mode = job.raw.get("mode")
+    if mode not in MODES:
+        raise UserError(
+            f"mode={mode}: there is no such mode{did_you_mean(str(mode), MODES)}", f"modes: {', '.join(MODES)}"
+        )
+    if mode in FROM_RUN and not job.raw.get("resume"):
+        raise UserError(f"mode={mode} works on an earlier run: add resume=DIR, or resume=last for the newest")
+
+
+def check_targets_and_plugins(job: Composition) -> None:
+    """A composed configuration is the user's own, so its `plugins` count."""
+    plugins = job.resolved["plugins"]
+    check_plugins(plugins)
+    check_targets(job, plugins)
+
+
+CHECKS = (
+    check_mode,
+    check_companions,
+    check_nodes,
+    check_missing,
+    check_top,
+    check_targets_and_plugins,
+    check_parameters,
+)
+
+
+def _is_choice(word: Override, folders: Folders) -> bool:
+    return not is_value(word, folders) and not word.is_hydra_override() and word.package is None
+
+
+def _each_option(word: Override, check_one: Callable[[Override], None]) -> None:
+    """Checks each value of a sweep over a group as if it stood alone."""
+    from dataclasses import replace
+
+    from hydra.core.override_parser.types import ValueType
+
+    if not word.is_sweep_override():
+        check_one(word)
+    elif word.is_discrete_sweep():
+        for value in word.sweep_iterator():
+            check_one(replace(word, _value=value, value_type=ValueType.ELEMENT))
+
+
+def _remembering(make: Callable[[list[str]], DictConfig]) -> Callable[[list[str]], DictConfig]:
+    """`make`, called once for each set of choices: the jobs of a sweep often differ in values only."""
+    made: dict[tuple[str, ...], DictConfig] = {}
+
+    def remembered(chosen: list[str]) -> DictConfig:
+        key = tuple(chosen)
+        if key not in made:
+            made[key] = make(chosen)
+        return deepcopy(made[key])
+
+    return remembered
+
+
+def _job_text(plan: Plan, line: words.CommandLine) -> str:
+    """What --cfg job shows: the configuration as YAML, or the part of it that --package names."""
+    from omegaconf import OmegaConf, open_dict
+
+    if len(plan.configs) > 1:
+        raise UserError("--cfg job shows one job: leave out -m and the sweep")
+    cfg: Any = plan.configs[0]
+    with open_dict(cfg):
+        del cfg["choices"]
+    package = line.flags.get("package")
+    if package:
+        cfg = OmegaConf.select(cfg, str(package))
+        if not OmegaConf.is_config(cfg):
+            raise UserError(f"--package {package}: there is no such node in the configuration")
+    return OmegaConf.to_yaml(cfg, resolve="resolve" in line.flags).rstrip()

@@ -1,0 +1,73 @@
+"""The Lightning Trainer as trainkit uses it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+def trainer(
+    *,
+    max_steps: int = -1,
+    max_epochs: int = -1,
+    val_check_interval: int = 200,
+    accumulate_grad_batches: int = 1,
+    log_every_n_steps: int = 10,
+    threads: int | None = None,
+    accelerator: str = "auto",
+    devices: int | str | list[int] = 1,
+    num_nodes: int = 1,
+    strategy: Any = "auto",
+    precision: str = "32-true",
+    deterministic: bool = False,
+    run_dir: Path | None = None,
+    callbacks: Any = None,
+    **options: Any,
+) -> Trainer:
+    """lightning.Trainer with what is ours switched off there: logging, checkpoints, progress, samplers, clipping.
+
+    Loggers are set on it later, when the run's directory exists.
+    `val_check_interval` counts optimizer steps, over epochs. `threads` are the intra-op threads of each process; null
+    divides the cores among this machine's ranks. Everything else is the Trainer's own. Raises ValueError where there
+    is neither max_steps nor max_epochs.
+    """
+    if max_steps < 0 and max_epochs < 0:
+        raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs")
+    for name, value in (("log_every_n_steps", log_every_n_steps), ("accumulate_grad_batches", accumulate_grad_batches)):
+        if value < 1:
+            raise ValueError(f"trainer.{name} must be at least 1; got {value}")
+    local_ranks = devices if isinstance(devices, int) and devices > 0 else 1
+    torch.set_num_threads(threads or max(1, cores() // local_ranks))
+    return Trainer(
+        max_steps=max_steps,
+        max_epochs=max_epochs,
+        val_check_interval=val_check_interval * accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        accumulate_grad_batches=accumulate_grad_batches,
+        log_every_n_steps=log_every_n_steps,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        deterministic=deterministic,
+        default_root_dir=run_dir,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks or []),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,143 @@
+"""Weights & Biases that never asks, blocks or fails a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from trainkit.launch.console import log
+
+
+class WandB(WandbLogger):
+    """A W&B run: online where an API key is configured, else offline below <log_dir>/wandb for `wandb leet`.
+
+    $WANDB_MODE, $WANDB_API_KEY, .netrc and `wandb login` count as usual, but nobody is asked for a key. Where the
+    server does not answer within `init_timeout` seconds the run is kept offline, and where W&B itself breaks the run
+    goes on without it; either is said once. `finish_timeout` bounds the wait for the last upload; what is left then
+    stays on disk for `wandb sync`. A continued run keeps its id; offline, that makes a second fragment of the same id.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: Path,
+        log_dir: Path,
+        run_id: str,
+        name: str,
+        config: dict[str, Any],
+        group: str | None = None,
+        resumed: bool = False,
+        project: str | None = None,
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+        init_timeout: float = 15.0,
+        finish_timeout: float = 60.0,
+    ):
+        project = project or os.environ.get("WANDB_PROJECT") or "trainkit"
+        super().__init__(name=name, save_dir=log_dir, version=run_id, project=project, log_model=False)
+        self._options = {
+            "dir": str(log_dir),
+            "id": run_id,
+            "name": name,
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": list(tags),
+            "config": config | {"run_dir": str(run_dir)},
+        }
+        self.resumed = resumed
+        self._timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+        self._broken = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb Run, started on first use; one that ignores everything where W&B does not work."""
+        if self._experiment is None:
+            self._attempt("start", self._start)
+        if self._experiment is None:
+            import wandb
+
+            self._experiment = wandb.init(mode="disabled")
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if not self._broken:
+            self._attempt("log", lambda: super(WandB, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """Ends the W&B run as finished (0) or failed (anything else). Nothing can be logged afterwards."""
+        if self._experiment is not None and not self._broken:
+            run = self._experiment
+            self._attempt("finish", lambda: run.finish(exit_code=exit_code))
+
+    def _attempt(self, what: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever W&B raises must not end a training run
+            self._broken = True
+            log.warning("W&B could not %s (%s); the run goes on, metrics.jsonl has every number", what, _brief(error))
+
+    def _start(self) -> None:
+        mode = self._mode()
+        if mode == "online":
+            before = self._fragments()
+            try:
+                self._experiment = self._init(mode)
+            except Exception as error:
+                log.warning("W&B cannot go online (%s); this run is kept offline", _brief(error))
+                self._forget(before)
+                mode = "offline"
+        if self._experiment is None:
+            self._experiment = self._init(mode)
+        self._offline = mode == "offline"
+        self._experiment.define_metric("trainer/global_step")
+        self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+
+    def _mode(self) -> str:
+        """online, offline or disabled: what is asked for, as far as it needs no question."""
+        import wandb
+        from wandb.sdk.lib.wbauth import read_netrc_auth
+
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        if settings.mode in ("offline", "dryrun"):
+            return "offline"
+        if settings.mode == "disabled":
+            return "disabled"
+        known = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
+        return "online" if known else "offline"
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True, console="off", reinit="create_new", finish_timeout_raises=True, **self._timeouts
+        )
+        resume = "allow" if self.resumed and mode == "online" else None
+        return wandb.init(mode=mode, resume=resume, settings=settings, **self._options)
+
+    def _fragments(self) -> set[Path]:
+        return set(Path(self._options["dir"], "wandb").glob(f"run-*-{self._options['id']}"))
+
+    def _forget(self, before: set[Path]) -> None:
+        """Undoes a failed online start: its process still holds the id, its folder would look like a crashed run."""
+        import wandb
+
+        wandb.teardown()
+        for fragment in self._fragments() - before:
+            shutil.rmtree(fragment, ignore_errors=True)
+        wandb.setup(settings=wandb.Settings(silent=True))
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 160 else lines[0][:159] + "…"

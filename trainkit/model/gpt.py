@@ -1,0 +1,52 @@
+"""GPT-2 (Radford et al. 2019): a decoder-only transformer with learned positions; mathematics as in nanoGPT."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainkit.model.parts.attention import Attention
+from trainkit.model.parts.decoder import Decoder, output_std
+from trainkit.model.parts.mlp import MLP
+from trainkit.norm.placement import Placement, Site
+
+
+class GPT(Decoder):
+    """tokens (B, T) -> logits (B, T, vocab).
+
+    x = dropout(embed(token) + position); blocks of attention and GELU MLP (4 x width), each sublayer wrapped by the
+    placement `norm`; logits = head(after(x)). `tie` shares the head's weights with the embedding. Weights are
+    N(0, 0.02²); init="gpt2" divides the standard deviation of the output projections by sqrt(2 depth), init="plain"
+    does not (LayerNorm Scaling requires that).
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        norm: Placement,
+        *,
+        depth: int = 6,
+        width: int = 128,
+        heads: int = 4,
+        context: int = 128,
+        dropout: float = 0.0,
+        bias: bool = False,
+        qk_norm: str = "none",
+        tie: bool = True,
+        init: str = "gpt2",
+    ):
+        linears = {"bias": bias, "dropout": dropout, "out_std": output_std(init, depth)}
+
+        def attn(site: Site) -> nn.Module:
+            return Attention(site, norm, heads=heads, qk_norm=qk_norm, **linears)
+
+        def mlp(site: Site) -> nn.Module:
+            return MLP(site, norm, hidden=4 * width, **linears)
+
+        super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie)
+        self.dropout = dropout
+        self.position = nn.Embedding(context, width)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        return F.dropout(x, self.dropout, self.training)

@@ -1,0 +1,80 @@
+"""Multi-head softmax attention, the sublayer that every transformer here shares."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainkit.model.parts.linear import linear
+from trainkit.norm.placement import Placement, Site
+
+
+class Attention(nn.Module):
+    """out(softmax(q kᵀ / sqrt(head_dim)) v), per head; q, k, v = split(qkv(x)); x: (B, T, width) -> same.
+
+    kv_heads below heads shares each key and value among heads / kv_heads queries (grouped queries).
+    rotation: (B, heads, T, head_dim) -> same, applied to q and k. The placement may put norms on q, k and v
+    (sites "q", "k", "v" before the rotation, "q_rotated", "k_rotated" after it, each per head).
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        norm: Placement,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        causal: bool = True,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+        qk_norm: str = "none",
+        std: float = 0.02,
+        out_std: float = 0.02,
+    ):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if site.width % heads:
+            raise ValueError(
+                f"model.width must be a multiple of model.heads; {site.width} is no multiple of {heads}. "
+                f"Try model.width={site.width // heads * heads or heads}"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"model.heads must be a multiple of model.kv_heads; got {heads} and {kv_heads}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, site.width // heads
+        self.dropout, self.causal, self.rotation = dropout, causal, rotation
+        self.qkv = linear(site.width, (heads + 2 * kv_heads) * self.head_dim, bias=bias, std=std)
+        self.out = linear(site.width, site.width, bias=bias, std=out_std, writes_stream=True)
+
+        def inside(kind: str, count: int) -> nn.Module:
+            return norm.inside(replace(site, kind=kind, width=self.head_dim, heads=count))
+
+        self.q_norm, self.k_norm, self.v_norm = inside("q", heads), inside("k", kv_heads), inside("v", kv_heads)
+        self.q_rotated, self.k_rotated = inside("q_rotated", heads), inside("k_rotated", kv_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        # (B, T, (heads + 2 kv_heads) head_dim) -> three of (B, ·heads, T, head_dim)
+        qkv = self.qkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
+        if self.rotation is not None:
+            q, k = self.rotation(q), self.rotation(k)
+        y = F.scaled_dot_product_attention(
+            self.q_rotated(q),
+            self.k_rotated(k),
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal,
+            enable_gqa=self.kv_heads < self.heads,
+        )
+        y = self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return F.dropout(y, self.dropout, self.training)
+
+    @torch.no_grad()
+    def scale_branch(self, *, first: float, last: float) -> None:
+        """Multiplies the value projection by `first` and the output projection by `last`, in place."""
+        self.qkv.weight[-self.kv_heads * self.head_dim :] *= first
+        self.out.weight *= last

@@ -1,0 +1,80 @@
+"""What decoder-only language models share: embedding, blocks under a placement, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+
+from torch import Tensor, nn
+
+from trainkit.model.parts.block import Block
+from trainkit.norm.placement import Placement, Site
+
+
+class Decoder(nn.Module):
+    """tokens (B, T) -> logits (B, T, vocab): head(after(blocks(before(features(tokens))))).
+
+    attn and mlp build a sublayer for the site they get. `tie` shares the head's weights with the embedding.
+    A leaf may override `features`, embed(tokens) here, to add positions.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        norm: Placement,
+        attn: Callable[[Site], nn.Module],
+        mlp: Callable[[Site], nn.Module],
+        *,
+        depth: int,
+        width: int,
+        context: int,
+        tie: bool,
+        std: float = 0.02,  # of the embedding
+    ):
+        super().__init__()
+        for key, value in (("vocab", vocab), ("depth", depth), ("width", width), ("context", context)):
+            if value < 1:
+                raise ValueError(f"model.{key} must be at least 1; got {value}")
+        self.depth, self.width, self.context = depth, width, context
+        self.embed = nn.Embedding(vocab, width)
+        nn.init.normal_(self.embed.weight, std=std)
+        self.before = norm.before(Site("embed", width, depth=depth, count=2 * depth))
+        self.blocks = nn.ModuleList(Block(attn, mlp, norm, width=width, layer=l, depth=depth) for l in range(depth))
+        self.after = norm.after(Site("head", width, layer=depth - 1, depth=depth, index=2 * depth - 1, count=2 * depth))
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.role = "head"  # type: ignore[assignment]
+        nn.init.normal_(self.head.weight, std=0.02)
+        if tie:
+            self.head.weight = self.embed.weight
+        self.logit_norm = norm.inside(Site("logits", vocab))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, width)."""
+        return self.embed(tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        if length > self.context:
+            raise ValueError(
+                f"the model reads at most {self.context} tokens at once; got {length}. Try model.context={length}"
+            )
+        stream = self.before(self.features(tokens))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.logit_norm(self.head(self.after(stream)))
+
+    def flops_per_token(self, length: int) -> int:
+        """Multiplications and additions per token of one forward and backward pass at a context of `length`.
+
+        6 per weight that multiplies (head included, lookups not) plus 12 · depth · width · length for the two
+        attention products (Chowdhery et al. 2022, arXiv:2204.02311, appendix B; the causal half is not subtracted).
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.depth * self.width * length
+
+
+def output_std(init: str, depth: int, std: float = 0.02) -> float:
+    """The standard deviation of output projections: std / sqrt(2 depth) for init="gpt2", std for init="plain"."""
+    if init not in ("gpt2", "plain"):
+        raise ValueError(f"model.init is gpt2 or plain; got {init!r}")
+    return std / sqrt(2 * max(1, depth)) if init == "gpt2" else std

@@ -1,0 +1,37 @@
+"""Instance normalization (Ulyanov et al. 2016, arXiv:1607.08022): each channel of each sample over its positions."""
+
+import torch
+from torch import Tensor, nn
+
+
+class InstanceNorm(nn.Module):
+    """y = gain · (x - mean)/sqrt(var + eps) + bias; mean, var (biased) over all positions of a sample, per channel.
+
+    gain, bias: (width,), left out with affine=False; without running statistics, as torch.nn.InstanceNorm2d by default;
+    no difference between train and eval. The first axis is the samples. One position alone gives the bias.
+    Takes away what a whole image or text has in common. On tokens it leaks the future, in eval as in training: a
+    position is centred by all later ones. Raises ValueError for an input without positions.
+    """
+
+    leaks = True
+
+    def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-5, affine: bool = True):
+        super().__init__()
+        self.width, self.axis, self.eps = width, axis, eps
+        self.gain = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            raise ValueError(
+                f"norm_layer=instance averages over positions, so it needs three axes or more; got {tuple(x.shape)}. "
+                "Try norm_layer=layer"
+            )
+        gain = None if self.gain is None else self.gain.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        # One group per channel. torch.instance_norm is the same but refuses a single position.
+        y = torch.group_norm(x.movedim(self.axis, 1), self.width, gain, bias, self.eps)
+        return y.movedim(1, self.axis)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, axis={self.axis}, affine={self.gain is not None}"

@@ -1,0 +1,171 @@
+"""What norm layers share that treat every row, the channels of one position, on its own.
+
+A layer says its formula and its gradient on a matrix of rows; here is how they are run. Eager mode keeps only the
+input for the backward, which computes the rest again: cheaper than storing it and fetching it back. Under
+torch.compile the formula is left to the compiler to fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 2**22  # numbers of half precision that are converted at once: their float32 copy takes 16 MiB
+GROUP = 32  # rows whose parameter gradients compiled code adds up first
+
+
+class RowNorm(nn.Module):
+    """x, with `width` channels on `axis` -> same shape and dtype; y at a position depends on x there alone.
+
+    A layer provides `formula` and `gradient`. Both see x as (…, width) in float32, or float64 where x is (half
+    precision overflows at 256²), and its own parameters in the same dtype, in the order of their definition. NaN goes
+    through. Derivatives of the gradient are those of `formula`. Raises ValueError on a width below 1, a negative eps
+    and an input with another number of channels.
+    """
+
+    def __init__(self, width: int, *, axis: int = -1, eps: float = 0.0):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"norm_layer needs at least 1 channel; got width {width}. Check the model's width")
+        if eps < 0:
+            raise ValueError(f"norm_layer.eps keeps a root positive, so it is at least 0; got {eps}. Try 1e-6")
+        self.width, self.axis, self.eps = width, axis, eps
+
+    def formula(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """y, by operations that autograd can differentiate; parameters may have axes of size one before the last."""
+        raise NotImplementedError
+
+    def gradient(self, x: Tensor, gy: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Gradients with respect to x, (rows, width), and to each parameter; gy: the one with respect to y."""
+        raise NotImplementedError
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x with its channels on the last axis."""
+        if not -x.dim() <= self.axis < x.dim() or x.shape[self.axis] != self.width:
+            raise ValueError(
+                f"{type(self).__name__} was built for {self.width} channels on axis {self.axis}; "
+                f"got an input of shape {tuple(x.shape)}. Check the width and the axis it is built with"
+            )
+        return x.movedim(self.axis, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = [p for p in self._parameters.values() if p is not None]
+        run = fusible if torch.compiler.is_compiling() else Recomputed.apply
+        return run(self, self.rows(x), *parameters).movedim(-1, self.axis)
+
+    def extra_repr(self) -> str:
+        axis = {} if self.axis == -1 else {"axis": self.axis}
+        eps = {"eps": self.eps} if self.eps else {}
+        return ", ".join([str(self.width), *(f"{k}={v:g}" for k, v in (axis | eps).items())])
+
+
+class Recomputed(torch.autograd.Function):
+    """formula and gradient of a RowNorm, with nothing stored between them but their inputs."""
+
+    @staticmethod
+    def forward(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
+        dtype = at_least_float32(x)
+        cast = [p.to(dtype) for p in parameters]
+        with full_precision(x):
+            return assemble((norm.formula(block.to(dtype), *cast) for block in blocks(x)), x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.norm, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, gy: Tensor):  # type: ignore[override]
+        x, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated in turn
+            needed = ctx.needs_input_grad[1:]
+            wanted = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(whole(ctx.norm, x, *parameters), wanted, gy, create_graph=True))
+            return None, *(next(found) if need else None for need in needed)
+
+        dtype = at_least_float32(x)
+        cast = [p.to(dtype) for p in parameters]
+        totals = [torch.zeros_like(p) for p in cast]
+
+        def gradients() -> Iterator[Tensor]:
+            for block, gy_block in zip(blocks(x), blocks(gy), strict=True):
+                gx, *parts = ctx.norm.gradient(block.to(dtype), gy_block.to(dtype), *cast)
+                for total, part in zip(totals, parts, strict=True):
+                    total += part
+                yield gx
+
+        with full_precision(x):
+            gx = assemble(gradients(), x)
+        return None, gx, *(total.to(p.dtype) for total, p in zip(totals, parameters, strict=True))
+
+
+def whole(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The formula as autograd or a compiler sees it, in the precision and dtype of the eager path."""
+    dtype = at_least_float32(x)
+    with full_precision(x):
+        return norm.formula(x.to(dtype), *(p.to(dtype) for p in parameters)).to(x.dtype)
+
+
+def fusible(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
+    """`whole`, with vectors repeated per GROUP rows, so that their gradients are summed in two stages.
+
+    For a processor the compiler sums a gradient over all rows in one go, channel by channel, which misses the cache
+    at every step.
+    """
+    count = x.numel() // norm.width
+    if x.device.type != "cpu" or count % GROUP or not x.is_contiguous():
+        return whole(norm, x, *parameters)
+    repeated = [p.expand(count // GROUP, 1, -1) if p.dim() == 1 else p for p in parameters]
+    return whole(norm, x.view(-1, GROUP, norm.width), *repeated).view(x.shape)
+
+
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """(…, width) as matrices of rows: one, or several where a processor's caches shall hold what is converted."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type != "cpu" or x.dtype == at_least_float32(x):
+        return (rows,)
+    return rows.split(max(1, BLOCK // x.shape[-1]))
+
+
+def assemble(parts: Iterator[Tensor], x: Tensor) -> Tensor:
+    """Results for the blocks of x, made one after the other, as one tensor of x's shape and dtype."""
+    if len(blocks(x)) == 1:
+        return next(parts).to(x.dtype).view(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for out, part in zip(blocks(y), parts, strict=True):
+        out.copy_(part)
+    return y
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def full_precision(x: Tensor):
+    """Keeps autocast from lowering the matrix products of a formula."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """mean(x²) over the last axis, kept."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x.square().mean(-1, keepdim=True)
+    # One pass over x in place of two; but where a row is zero its derivatives are not those of the mean square.
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+
+
+def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of y = gain · x r, r = 1 / sqrt(mean(x²) + eps), with respect to x and gain.
+
+    gx = r (g - xh mean(g xh)), g = gain · gy, xh = r x. That is LayerNorm's gradient at mean 0, but for its term
+    -r mean(g): so torch's kernel does in one pass what would take six.
+    """
+    needed = [True, gain is not None, False]
+    zero = torch.zeros_like(r)
+    gx, ggain, _ = torch.ops.aten.native_layer_norm_backward(gy, x, x.shape[-1:], zero, r, gain, None, needed)
+    mean = gy.mean(-1, keepdim=True) if gain is None else (gy @ gain).unsqueeze(-1) / x.shape[-1]
+    return gx.add_(r * mean), ggain

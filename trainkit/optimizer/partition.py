@@ -1,0 +1,113 @@
+"""Parameter roles, and one optimizer per role behind a single face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+ROLES = ("matrix", "vector", "embed", "head")
+
+
+def role(module: nn.Module, parameter: nn.Parameter) -> str:
+    """What `parameter` is to an optimizer: what its module says, else "embed", "matrix" (2 axes or more), "vector"."""
+    if parameter.ndim < 2:
+        return "vector"
+    return getattr(module, "role", None) or ("embed" if isinstance(module, nn.Embedding) else "matrix")
+
+
+def roles(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every trainable parameter once, by role, in the model's order; a tied weight has its first owner's role."""
+    found: dict[str, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                found.setdefault(role(module, parameter), []).append(parameter)
+    return found
+
+
+def by_role(
+    model: nn.Module,
+    factory: Callable[..., Optimizer],
+    *,
+    takes: str | Sequence[str] = "all",
+    decay: Sequence[str] = ("matrix", "embed", "head"),
+    rest: Callable[..., Optimizer] | None = None,
+) -> Optimizer:
+    """The optimizer of a model: `factory(params)` for the roles in `takes`, `rest(params)` for the others.
+
+    Each role is one param group, with the key "role"; roles outside of `decay` get weight_decay 0. With takes="all"
+    this is the plain optimizer, else a Partition. Raises ValueError where a role in `takes` matches no parameter, or
+    where parameters are left over and `rest` is not given.
+    """
+    found = roles(model)
+    if not found:
+        raise ValueError("the model has no trainable parameter: nothing for optimizer to do")
+    taken = list(found) if takes == "all" else list(takes)
+    for name in taken:
+        if name not in found:
+            raise ValueError(f"optimizer.takes names role {name!r}, but the model's parameters are {_counts(found)}")
+    left = [name for name in found if name not in taken]
+    if left and rest is None:
+        raise ValueError(f"optimizer.takes leaves out the roles {left}: optimizer.rest must say who steps them")
+
+    def build(make: Callable[..., Optimizer], names: Iterable[str]) -> Optimizer:
+        exempt = {"weight_decay": 0.0}
+        return make([{"params": found[n], "role": n, **({} if n in decay else exempt)} for n in names])
+
+    first = build(factory, taken)
+    return Partition([first, build(rest, left)]) if left and rest is not None else first
+
+
+def split(factory: partial[Optimizer]) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
+    """A configured factory without the three words that say what it is fed, and those words: (factory, by_role's)."""
+    options = dict(factory.keywords)
+    words = {k: options.pop(k) for k in ("takes", "decay", "rest") if k in options}
+    return partial(factory.func, *factory.args, **options), words
+
+
+class Partition(Optimizer):
+    """Several optimizers over disjoint parameters, stepped as one.
+
+    The children share one state and one list of groups with it, so schedules, hooks, saving and loading see a single
+    optimizer. `step` runs the closure once, then each child.
+    """
+
+    def __init__(self, children: Sequence[Optimizer]):
+        self.children = list(children)
+        super().__init__([group for child in self.children for group in child.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for child in self.children:
+            child.state, child.param_groups = self.state, [next(groups) for _ in child.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for child in self.children:
+            child.step()
+        return loss
+
+
+def _counts(found: dict[str, list[nn.Parameter]]) -> str:
+    return ", ".join(f"{name} ({sum(p.numel() for p in ps):,} in {len(ps)})" for name, ps in found.items())
+
+
+def describe(model: nn.Module) -> str:
+    """The trainable parameters by role, for people: `matrix (1,179,648 in 24), vector …`."""
+    return _counts(roles(model))

@@ -1,0 +1,168 @@
+"""The training step, the optimizer and the log of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from trainkit.continual.strategy import Strategy
+from trainkit.optimizer.partition import by_role, split
+
+
+class Task(LightningModule):
+    """Trains `model` on batches: learner -> loss -> backward -> gradient treatment -> optimizer -> projection.
+
+    A leaf says what the loss of a batch is (`loss`) and how it evaluates one. What is to be logged about a training
+    step is handed to `record`; when the step is due (the first, every `log_every_n_steps`-th, the last) all of it
+    goes to the loggers as one object, after one transfer from the device.
+    """
+
+    tokens_per_step: int | None = None  # over all ranks and accumulated batches
+    flops_per_token: int | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: partial[torch.optim.Optimizer],
+        schedule: Callable[..., Callable[[int], float]],
+        gradient: Callable[[list[Tensor]], dict[str, Tensor]],
+        projection: Callable[[nn.Module], None],
+        strategy: Strategy,
+        learner: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    ):
+        super().__init__()
+        self.strategy = strategy
+        self.model = strategy.convert(model)
+        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.gradient, self.projection, self.learner = gradient, projection, learner
+        self.step = 0  # the optimizer step in progress, counted from 1
+        self.total_steps = 0
+        self.due = False
+        self.metrics: dict[str, float] = {}  # what was logged last
+        self._records: dict[str, Tensor | float] = {}
+        self._losses: list[Tensor] = []  # of the batches accumulated into the step in progress
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, 0-d."""
+        raise NotImplementedError
+
+    # --- optimization -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs")
+        self.total_steps = int(total)
+        factory, words = split(self.optimizer_factory)
+        optimizer = by_role(self.model, factory, **words)
+        self.projection(self.model)
+        optimizer.register_step_post_hook(lambda *_: self.projection(self.model))
+        options = dict(self.schedule.keywords) if isinstance(self.schedule, partial) else {}
+        if options.get("total") is None:
+            options["total"] = self.total_steps
+        schedule = self.schedule.func(**options) if isinstance(self.schedule, partial) else self.schedule(**options)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.step = self.trainer.global_step + 1
+        stepping = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self.due = stepping and (self.step == 1 or self.step % every == 0 or self.step == self.total_steps)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, values = self.learner(self.model, batch, self.loss)
+        penalty = self.strategy.penalty(self.model)
+        self._losses.append(loss.detach())
+        self.record({f"train/{name}": value for name, value in values.items()})
+        return loss + penalty
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.record(self.gradient(gradients))
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    evaluation: nn.ModuleDict  # torchmetrics, which average over batches and ranks
+
+    def evaluate(self, stage: str, batch: Any) -> None:
+        """Updates the metrics of `stage` ("val" or "test") with a batch."""
+        raise NotImplementedError
+
+    def results(self, stage: str) -> dict[str, float]:
+        """The metrics of `stage` by name, over everything evaluated since the last call."""
+        raise NotImplementedError
+
+    def mean(self, name: str) -> float:
+        """The value of a metric, which starts afresh."""
+        metric = self.evaluation[name]
+        assert isinstance(metric, Metric)
+        value = float(metric.compute())
+        metric.reset()
+        return value
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.publish({f"val/{name}": value for name, value in self.results("val").items()})
+
+    def on_test_epoch_end(self) -> None:
+        self.publish({f"test/{name}": value for name, value in self.results("test").items()})
+
+    # --- the log ------------------------------------------------------------------------------------------------
+
+    def record(self, values: dict[str, Tensor] | dict[str, float]) -> None:
+        """Notes 0-d tensors or numbers about the training step in progress, to be logged if it is due."""
+        self._records.update(values)
+
+    def flush(self) -> None:
+        """Hands what was recorded to the loggers: one stacked transfer, averaged over the ranks."""
+        if self._losses:
+            self._records["train/loss"] = torch.stack(self._losses).mean()
+            self._losses.clear()
+        if not self._records:
+            return
+        tensors = {name: value for name, value in self._records.items() if isinstance(value, Tensor)}
+        self.metrics = {name: float(value) for name, value in self._records.items() if name not in tensors}
+        if tensors:
+            stacked = torch.stack([t.detach().to(self.device, torch.float64) for t in tensors.values()])
+            if self.trainer.world_size > 1:
+                stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+            self.metrics |= dict(zip(tensors, stacked.tolist(), strict=True))
+        self._records.clear()
+        self.publish(self.metrics)
+
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Writes numbers to every logger at the optimizer step done last, and where callbacks look for them."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        if self.due:
+            self.flush()
+        self._records.clear()
+        self._losses.clear()
+        if self.step == self.total_steps:
+            self.trainer.should_stop = True  # makes Lightning validate after the last step, whatever the interval
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A checkpoint must never be ahead of the log: what it covers is on disk before it is.
+        if self.due:
+            self.flush()

@@ -1,0 +1,51 @@
+"""Language modelling: predict the next token."""
+
+from __future__ import annotations
+
+from math import exp, log
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from trainkit.task.base import Task
+
+
+class LanguageModeling(Task):
+    """Cross-entropy of the next token. Batches are (inputs, targets), both int64 (B, T); losses are nats per token.
+
+    Validation and test report, over a fixed set: loss; perplexity = exp(loss); and bits per byte = loss / ln 2 /
+    bytes_per_token, which stays comparable between tokenizers.
+    """
+
+    def __init__(self, model: nn.Module, *, context: int, bytes_per_token: float, **plugins: Any):
+        super().__init__(model, **plugins)
+        limit = getattr(model, "context", context)
+        if context > limit:
+            raise ValueError(f"data.context={context} is longer than the model reads; try model.context={context}")
+        self.bytes_per_token = bytes_per_token
+        self.evaluation = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.tokens_per_step is None:
+            inputs = batch[0]
+            self.tokens_per_step = inputs.numel() * self.trainer.accumulate_grad_batches * self.trainer.world_size
+            if hasattr(self.model, "flops_per_token"):
+                self.flops_per_token = self.model.flops_per_token(inputs.shape[1])  # type: ignore[operator]
+
+    def evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        self.evaluation[stage].update(self.loss(self.model, batch), weight=batch[1].numel())
+
+    def results(self, stage: str) -> dict[str, float]:
+        loss = self.mean(stage)
+        return {"loss": loss, "perplexity": _exp(loss), "bits_per_byte": loss / log(2) / self.bytes_per_token}
+
+
+def _exp(loss: float) -> float:
+    return exp(loss) if loss < 700 else float("inf")
