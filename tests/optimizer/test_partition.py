@@ -105,13 +105,13 @@ def test_the_closure_runs_once():
 def test_a_role_without_parameters_and_parameters_without_an_optimizer_are_refused():
     with pytest.raises(ValueError, match=r"names role 'matrixx', but the model's parameters are embed"):
         by_role(network(), partial(SGD, lr=0.1), takes=["matrixx"])
-    with pytest.raises(ValueError, match="optimizer.rest must say who steps them"):
+    with pytest.raises(ValueError, match=r"optimizer\.rest must say who steps them"):
         by_role(network(), partial(SGD, lr=0.1), takes=["matrix"])
     with pytest.raises(ValueError, match="no trainable parameter"):
         by_role(nn.ReLU(), partial(SGD, lr=0.1))
 
 
-@pytest.mark.parametrize("name", [n for n in options("optimizer")])
+@pytest.mark.parametrize("name", options("optimizer"))
 def test_every_optimizer_of_the_menu_lowers_a_quadratic_and_resumes(name):
     """Same next steps after save and load; the loss falls."""
 

@@ -26,11 +26,10 @@ from trainkit.launch.compose import overlay
 from trainkit.launch.console import log, show, to_file, to_terminal
 from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import check_config
-from trainkit.launch.rundir import Run
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
+from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
 from trainkit.optimizer.partition import describe
-from trainkit.report.metrics_file import read
 from trainkit.task.base import Task
 
 

@@ -131,9 +131,10 @@ def _absolute(name: str, group: str) -> str:
 
 
 def sources(choices: Mapping[str, Any], folders: Folders) -> list[Source]:
-    """The files behind `choices` in reading order, conf/config.yaml first, with the files that they include."""
+    """The files behind `choices`, with the files that they include; what stands in a later one wins."""
     found = [Source("conf/config.yaml", CONF / "config.yaml")]
-    for group, options in choices.items():
+    order = list(default_groups())
+    for group, options in sorted(choices.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1):
         for option in options if isinstance(options, list) else [options]:
             found.extend(_with_includes(f"{group}={option}", group, option, folders, depth=0))
     return found

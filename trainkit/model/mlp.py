@@ -59,7 +59,7 @@ class ResidualMLP(nn.Module):
         self.after = norm.after(Site("head", width, layer=depth - 1, depth=depth, index=depth - 1, count=depth))
         self.head = linear(width, classes, bias=True, std=width**-0.5)
         self.head.role = "head"  # type: ignore[assignment]
-        self.logit_norm = norm.inside(Site("logits", classes))
+        self.logit_norm = norm.inside(Site("logits", classes, stream=width))
 
     def forward(self, images: Tensor) -> Tensor:
         stream = self.before(self.embed(images.flatten(1)))

@@ -67,7 +67,7 @@ class ViT(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.position.weight, std=std)
-        self.logit_norm = norm.inside(Site("logits", classes))
+        self.logit_norm = norm.inside(Site("logits", classes, stream=width))
 
     def patches(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, tokens, C · patch²), row by row."""

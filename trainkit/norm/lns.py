@@ -31,7 +31,8 @@ class LNS(Placement):
     """
 
     def around(self, f: nn.Module, site: Site) -> nn.Module:
-        return Residual(f, pre=Scaled(self.norm(site), 1 / sqrt(site.layer + 1)))
+        layer = site.located("norm=lns").layer
+        return Residual(f, pre=Scaled(self.norm(site), 1 / sqrt(layer + 1)))
 
     def after(self, site: Site) -> nn.Module:
         return self.norm(site)

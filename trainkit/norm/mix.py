@@ -25,7 +25,7 @@ class Mix(Placement):
 
     def around(self, f: nn.Module, site: Site) -> nn.Module:
         # The small term keeps a product such as 0.29 · 100 = 28.999… from losing a block.
-        post_blocks = floor(self.alpha * site.depth + 1e-9)
+        post_blocks = floor(self.alpha * site.located("norm=mix").depth + 1e-9)
         return (self.post if site.layer < post_blocks else self.pre).around(f, site)
 
     def after(self, site: Site) -> nn.Module:

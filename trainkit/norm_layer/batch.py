@@ -77,7 +77,7 @@ class BatchNorm(Stateful, _BatchNorm):
         n = torch.where(n > 1, n, 0.0)
         return from_rows(y, x, self.axis), torch.stack([mean, var * n / (n - 1)]), n
 
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(a, c) of eval's y = a x + c."""
         if self.running_mean is None or self.running_var is None:
             raise ValueError("a BatchNorm without running statistics has no fixed affine map; set track_running_stats")

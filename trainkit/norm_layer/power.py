@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainkit.norm_layer.channels import blocks, from_rows, mean_square, number, only, over_ranks, to_rows, valid_rows
+from trainkit.norm_layer.channels import blocks, from_rows, number, only, over_ranks, to_rows, valid_rows
 from trainkit.norm_layer.stateful import Stateful, statistic, wide
 
 GROUP_EPS = 1e-5  # of the group scaling, whatever the layer's eps is

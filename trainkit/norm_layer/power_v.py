@@ -39,13 +39,13 @@ class PowerNormV(Stateful):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """x: `width` channels on `axis`; pad_mask: x's shape without them, True at padding -> y, of x's shape."""
         if not self.training:
-            return affine(x, *self.affine(), self.axis)
+            return affine(x, *self.scale_shift(), self.axis)
         rows, valid, s = to_rows(x, self.axis), valid_rows(pad_mask, x, self.axis), self.running_square
         y, _, s, n = Standardize.apply(rows, self.gain, self.bias, s, s, valid, False, self.eps, self.sync)
         self.observe(s.unsqueeze(0), n)
         return from_rows(y, x, self.axis)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(a, c) of eval's y = a x + c."""
         return self.gain * torch.rsqrt(self.running_square + self.eps), self.bias
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit.norm_layer.layer import LayerNorm
 from trainkit.norm_layer.rep_batch import RepBN
@@ -76,9 +76,9 @@ class PRepBN(Stateful):
         self.observe(statistics[:0], n)
         return lam * self.first(x) + (1 - lam) * self.second.join(x, normalized, pad_mask)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(a, c) of eval's y = a x + c."""
-        return self.second.affine()
+        return self.second.scale_shift()
 
     def update(self, statistics: Tensor, seen: Tensor) -> None:
         moves = seen & (self.calls == 0)

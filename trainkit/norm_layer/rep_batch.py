@@ -51,7 +51,7 @@ class RepBN(nn.Module):
             normalized = torch.where(pad_mask.unsqueeze(-1).movedim(-1, self.axis), x, normalized)
         return torch.addcmul(normalized, x, self.alpha.to(x.dtype))
 
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(a, c) of eval's y = a x + c."""
-        a, c = self.bn.affine()
+        a, c = self.bn.scale_shift()
         return a + self.alpha, c

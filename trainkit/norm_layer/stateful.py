@@ -16,7 +16,7 @@ CHANGES_ALLOWED = 3  # of the parameters between two calls of advance(); SAM wri
 
 
 def advance(model: nn.Module) -> None:
-    """Tells every stateful norm layer in `model` that the optimizer has stepped. Without new batches it does nothing."""
+    """Tells every stateful norm layer in `model` that the optimizer has stepped; without new batches, nothing happens."""
     for module in model.modules():
         if isinstance(module, Stateful):
             module.advance()
@@ -127,7 +127,7 @@ class Stateful(nn.Module):
             pending.zero_()
 
     def replace(self, name: str, value: Tensor, where: Tensor) -> None:
-        """Writes `value` into the buffer where `where` is true; a choice on the device, which need not be waited for."""
+        """Writes `value` into the buffer where `where` is true: a choice made on the device, without waiting for it."""
         buffer = getattr(self, name)
         buffer.copy_(torch.where(where, value, buffer))
 
@@ -141,8 +141,8 @@ class Stateful(nn.Module):
         if self._changes == CHANGES_ALLOWED + 1:
             warnings.warn(
                 f"{type(self).__name__} has norm_layer.count=step, but its parameters keep changing and nobody calls "
-                "trainkit.norm_layer.stateful.advance(model) after the optimizer's step, so its statistics stand still. "
-                "Call it, or take norm_layer.count=call",
+                "trainkit.norm_layer.stateful.advance(model) after the optimizer's step, so its statistics stand "
+                "still. Call it, or take norm_layer.count=call",
                 stacklevel=3,
             )
 

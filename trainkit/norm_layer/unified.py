@@ -61,7 +61,9 @@ class UnifiedNorm(Stateful):
         super().__init__(count=count, sync=sync)
         sizes = [window, window] if isinstance(window, int) else list(window)
         if len(sizes) != 2 or min(sizes) < 1:
-            raise ValueError(f"norm_layer.window is a number of steps or [forward, backward], from 1; got {window}. Try 4")
+            raise ValueError(
+                f"norm_layer.window is a number of steps or [forward, backward], from 1; got {window}. Try 4"
+            )
         self.axis, self.eps, self.warmup, self.momentum, self.filtration = axis, eps, warmup, momentum, filtration
         self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("squares", statistic(sizes[0], width))
@@ -70,13 +72,15 @@ class UnifiedNorm(Stateful):
         self.register_buffer("running_gradient", statistic(width))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("skips", torch.zeros((), dtype=torch.long))
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.bool), persistent=False)  # whether the last step was
+        self.register_buffer(
+            "skipped", torch.zeros((), dtype=torch.bool), persistent=False
+        )  # whether the last step was
         self.expect_statistics(1, width, gradient_rows=1)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """x: `width` channels on `axis`; pad_mask: x's shape without them, True at padding -> y, of x's shape."""
         if not self.training:
-            return affine(x, *self.affine(), self.axis)
+            return affine(x, *self.scale_shift(), self.axis)
         rows = to_rows(x, self.axis)
         with torch.no_grad():
             s, n = mean_square(rows, valid_rows(pad_mask, x, self.axis), self.sync)
@@ -89,7 +93,7 @@ class UnifiedNorm(Stateful):
         self.observe(s.unsqueeze(0), n)
         return from_rows(y, x, self.axis)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(a, c) of eval's y = a x + c."""
         return self.gain * torch.rsqrt(self.running_square + self.eps), self.bias
 
@@ -133,7 +137,9 @@ class UnifiedNorm(Stateful):
 
     def extra_repr(self) -> str:
         window = [len(self.squares), len(self.gradients)]
-        return f"{len(self.gain)}, window={window}, warmup={self.warmup}, filtration={self.filtration}, count={self.count}"
+        return (
+            f"{len(self.gain)}, window={window}, warmup={self.warmup}, filtration={self.filtration}, count={self.count}"
+        )
 
 
 class Unified(torch.autograd.Function):

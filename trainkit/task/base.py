@@ -32,7 +32,7 @@ class Task(LightningModule):
         model: nn.Module,
         *,
         optimizer: partial[torch.optim.Optimizer],
-        schedule: Callable[..., Callable[[int], float]],
+        schedule: partial[Callable[[int], float]],
         gradient: Callable[[list[Tensor]], dict[str, Tensor]],
         projection: Callable[[nn.Module], None],
         strategy: Strategy,
@@ -57,10 +57,7 @@ class Task(LightningModule):
     # --- optimization -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs")
-        self.total_steps = int(total)
+        self.total_steps = int(self.trainer.estimated_stepping_batches)
         factory, words = split(self.optimizer_factory)
         optimizer = by_role(self.model, factory, **words)
         self.projection(self.model)

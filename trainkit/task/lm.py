@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import exp, log
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -30,6 +31,15 @@ class LanguageModeling(Task):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
         return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+
+    def on_fit_start(self) -> None:
+        leaking = sorted({type(m).__name__ for m in self.model.modules() if getattr(m, "leaks", False)})
+        if leaking:
+            rank_zero_warn(
+                f"{', '.join(leaking)} in a causal model leaks the future: in training its statistics run over the "
+                "sequence, so each position sees later ones and the training loss is too good. Evaluation, with running "
+                "statistics, does not leak."
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

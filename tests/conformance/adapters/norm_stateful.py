@@ -92,7 +92,7 @@ def prep(file: File, settings: dict) -> Layer:
 
     def merged(norm):
         if "merged_scale" in file.names("expect"):
-            yield from zip(("expect/merged_scale", "expect/merged_shift"), norm.affine(), strict=True)
+            yield from zip(("expect/merged_scale", "expect/merged_shift"), norm.scale_shift(), strict=True)
 
     return Layer(
         build("norm_layer", "prep_batch", settings, width(file)),

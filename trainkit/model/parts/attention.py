@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from trainkit.model.parts.linear import linear
 from trainkit.norm.placement import Placement, Site
+from trainkit.norm_layer.qk import qk_norm as norm_per_head
 
 
 class Attention(nn.Module):
@@ -16,7 +17,8 @@ class Attention(nn.Module):
 
     kv_heads below heads shares each key and value among heads / kv_heads queries (grouped queries).
     rotation: (B, heads, T, head_dim) -> same, applied to q and k. The placement may put norms on q, k and v
-    (sites "q", "k", "v" before the rotation, "q_rotated", "k_rotated" after it, each per head).
+    (sites "q", "k", "v" before the rotation, "q_rotated", "k_rotated" after it, each per head); under any other one
+    qk_norm puts its norm layer on queries and keys: "head", "full", or "none".
     """
 
     def __init__(
@@ -51,7 +53,18 @@ class Attention(nn.Module):
         def inside(kind: str, count: int) -> nn.Module:
             return norm.inside(replace(site, kind=kind, width=self.head_dim, heads=count))
 
-        self.q_norm, self.k_norm, self.v_norm = inside("q", heads), inside("k", kv_heads), inside("v", kv_heads)
+        def query_or_key(kind: str, count: int) -> nn.Module:
+            own = inside(kind, count)
+            if qk_norm == "none":
+                return own
+            if not isinstance(own, nn.Identity):
+                raise ValueError(
+                    f"the placement normalizes queries and keys itself; model.qk_norm={qk_norm} must be none"
+                )
+            return norm_per_head(norm.norm_layer, qk_norm, heads=count, head_dim=self.head_dim)
+
+        self.q_norm, self.k_norm = query_or_key("q", heads), query_or_key("k", kv_heads)
+        self.v_norm = inside("v", kv_heads)
         self.q_rotated, self.k_rotated = inside("q_rotated", heads), inside("k_rotated", kv_heads)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         if tie:
             self.head.weight = self.embed.weight
-        self.logit_norm = norm.inside(Site("logits", vocab))
+        self.logit_norm = norm.inside(Site("logits", vocab, stream=width))
 
     def features(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, width)."""

@@ -41,10 +41,11 @@ class MLP(FeedForward):
         self.dropout = dropout
         self.inp = linear(site.width, hidden, bias=bias, std=std)
         self.hidden_norm = norm.inside(replace(site, kind="hidden", width=hidden))
+        self.last_norm = norm.inside(replace(site, kind="last", width=hidden))
         self.out = linear(hidden, site.width, bias=bias, std=out_std, writes_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.out(F.gelu(self.hidden_norm(self.inp(x))))
+        y = self.out(self.last_norm(F.gelu(self.hidden_norm(self.inp(x)))))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -66,8 +67,10 @@ class SwiGLU(FeedForward):
         self.dropout = dropout
         self.inp = linear(site.width, 2 * hidden, bias=bias, std=std)
         self.hidden_norm = norm.inside(replace(site, kind="hidden", width=2 * hidden))
+        self.last_norm = norm.inside(replace(site, kind="last", width=hidden))
         self.out = linear(hidden, site.width, bias=bias, std=out_std, writes_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.hidden_norm(self.inp(x)).chunk(2, dim=-1)
-        return F.dropout(self.out(F.silu(gate) * up), self.dropout, self.training)
+        y = self.out(self.last_norm(F.silu(gate) * up))
+        return F.dropout(y, self.dropout, self.training)
