@@ -30,9 +30,9 @@ class Figures(Callback):
         run = Path(trainer.default_root_dir)
         if not trainer.is_global_zero or not (run / "metrics.jsonl").is_file():
             return
-        from trainkit.report.figures import draw
-
         try:
+            from trainkit.report.figures import draw
+
             pictures = draw(run / "metrics.jsonl", run / "figures", title=self.title)
         except Exception as error:  # a picture must neither fail a run that is done nor hide why another one failed
             log.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)

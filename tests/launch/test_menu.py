@@ -48,6 +48,7 @@ def test_the_catalogue_reads_docstrings_and_papers():
     assert all(entry.line for entry in catalogue() if (entry.group, entry.option) in by_name and entry.group == "norm")
 
 
+@pytest.mark.slow
 def test_the_examples_are_right():
     for line in re.findall(r"python run\.py (.*?)  ", TEXT.split("Groups")[0]):
         words = line.split()

@@ -240,23 +240,25 @@ def test_a_plugin_may_define_but_not_pass_on(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("from .wide import Wide\n")
     (package / "wide.py").write_text(
         "import os\nfrom os import system\nrun = os.system\n\nclass Wide:\n    go = os.system\n"
-        "    @staticmethod\n    def make(width): ...\n"
+        "    @staticmethod\n    def make(width): ...\n\n"
+        "class Narrow:\n    other = Wide\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     for target in ("my_norms.wide.Wide", "my_norms.Wide", "my_norms.wide.Wide.make"):
         assert allowed(target, ["my_norms"]) is None
         assert "plugins=[my_norms]" in (allowed(target) or "")
-    for target in ("my_norms.wide.os.system", "my_norms.wide.system", "my_norms.wide.run", "my_norms.wide.Wide.go"):
-        assert allowed(target, ["my_norms"]) is not None
+    assert allowed("my_norms.wide.Narrow.other.make", ["my_norms"]) is None
+    for name in ("os.system", "system", "run", "Wide.go", "Narrow.other.go", "Narrow.other.__init__.__globals__"):
+        assert allowed(f"my_norms.wide.{name}", ["my_norms"]) is not None
     assert "my_norms" not in sys.modules
 
 
-def hostile(**changes):
-    cfg = compose([])
-    return OmegaConf.merge(OmegaConf.to_container(cfg, resolve=True), changes)
-
-
 def test_the_configuration_of_an_earlier_run_is_not_trusted():
+    saved = OmegaConf.to_container(compose([]), resolve=True)
+
+    def hostile(**changes):
+        return OmegaConf.create(saved | changes)
+
     check_config(hostile())
     attacks = [
         {"norm": {"_target_": "os.system", "command": "true"}},
@@ -289,7 +291,9 @@ def test_static_signatures_agree_with_the_imported_ones():
 
     from hydra.utils import get_object
 
-    for target in [*shipped(), *HOSTS.values()]:
+    leaves = ("norm", "norm_layer", "optimizer", "schedule", "gradient", "projection", "model", "continual", "learner")
+    of_leaves = [t for t in shipped() if t.startswith(("torch.", *(f"trainkit.{leaf}." for leaf in leaves)))]
+    for target in [*of_leaves, *HOSTS.values()]:
         read = signature(target)
         if read is None:
             continue
@@ -431,7 +435,7 @@ word = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(word, max_size=3))
 def test_no_command_line_raises_anything_but_a_user_error(argv):
     try:

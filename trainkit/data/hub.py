@@ -23,9 +23,9 @@ class Hub(Tokens):
 
     Training reads `split`, of which `max_documents` rows at most. The data set's own validation and test splits are
     used; one that it lacks is drawn from `split` by a hash of the row. `config` is the hub's word for a variant of a
-    data set; `revision` pins a commit or branch, and without it the cache keeps what was newest when it was made. A
-    folder has files such as data/train-00000-of-00001.parquet, .jsonl or .arrow, or what `save_to_disk` wrote. Raises ValueError where the data set
-    cannot be reached or has no such variant, split or column.
+    data set; `revision` pins a commit or branch, and without it the cache keeps what was newest when it was made.
+    A folder has files such as data/train-00000-of-00001.parquet, .jsonl or .arrow, or what `save_to_disk` wrote.
+    Raises ValueError where the data set cannot be reached or has no such variant, split or column.
     """
 
     name: str = dataclasses.field()  # required: LightningDataModule has an attribute of this name
@@ -79,11 +79,11 @@ class Hub(Tokens):
         choice: dict[str, Any] = {"name": self.config, "revision": self.revision}
         try:
             if any(Path(name, file).is_file() for file in saved):
-                loaded = load_from_disk(name)
+                loaded: Any = load_from_disk(name)
                 return dict(loaded) if isinstance(loaded, dict) else {self.split: loaded}
             try:
                 return dict(load_dataset(name, **choice, streaming=True))
-            except ConnectionError:
+            except ConnectionError:  # local files only: a hub that comes back must not start a download of everything
                 return dict(load_dataset(name, **choice, download_config=DownloadConfig(local_files_only=True)))
         except (OSError, ValueError, RuntimeError) as error:
             fact = str(error).strip().split("\n")[0].rstrip(".")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 
 from trainkit.data.documents import Document
@@ -57,14 +58,16 @@ class Text(Tokens):
         elif root.is_file():
             root = root.parent
         elif glob.has_magic(given):
-            plain = [part for part in Path(given).parts if not glob.has_magic(part)]
-            root = Path(*Path(given).parts[: len(plain)]) if plain else Path()
+            root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
             paths = [Path(found) for found in glob.glob(given, recursive=True)]
         else:
             raise ValueError(f"data.path must be a file, a folder or a glob; {given} does not exist{_suggestion(root)}")
         files = [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file() and path.stat().st_size]
         if not files:
             raise ValueError(f"data.path={self.path} must hold text; there is no file in it that is not empty")
+        closed = [path for _, path in files if not os.access(path, os.R_OK)]
+        if closed:
+            raise ValueError(f"data.path={self.path} must be readable; {closed[0]} is not. Change its permissions")
         return sorted(files)
 
     def _rows_of_jsonl(self, path: Path) -> Iterator[Document]:

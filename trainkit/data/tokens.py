@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
-from trainkit.data.corpus import Corpus, key, prepare, write
+from trainkit.data.corpus import Corpus, key, prepare
 from trainkit.data.documents import Document
+from trainkit.data.encoding import write
 from trainkit.data.loader import FixedLoader, Share, TrainLoader
 from trainkit.data.tokenizer import Codec, codec_fingerprint, load_codec, make_codec
 from trainkit.data.windows import spread, windows_per_epoch

@@ -92,7 +92,8 @@ def _wishes(files: list[Source]) -> dict[str, dict[str, Any]]:
 def _needs(files: list[Source]) -> Iterator[tuple[str, str, list[str]]]:
     """(choice, group, the options of which it needs one), from each file's `requires`."""
     for source in files:
-        for group, options in (source.find("requires") or {}).items():
+        needs = source.find("requires")
+        for group, options in needs.items() if isinstance(needs, dict) else ():
             yield source.choice, group, [str(o) for o in (options if isinstance(options, list) else [options])]
 
 

@@ -40,7 +40,7 @@ class Composition:
             word for word in self.words if not isinstance(word.value(), str) or word.key_or_group not in self.choices
         ]
 
-    @property
+    @cached_property
     def choices(self) -> dict[str, Any]:
         return dict(self.raw.get("choices") or {})
 
@@ -91,9 +91,14 @@ class Composition:
 def _plain(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    plain = OmegaConf.to_container(cfg, resolve=resolve)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return _with_text_keys(OmegaConf.to_container(cfg, resolve=resolve))
+
+
+def _with_text_keys(node: Any) -> Any:
+    """`node` with every key a str, as dotted keys spell them; YAML also allows numbers and dates."""
+    if isinstance(node, dict):
+        return {str(key): _with_text_keys(value) for key, value in node.items()}
+    return [_with_text_keys(value) for value in node] if isinstance(node, list) else node
 
 
 def options_with(key: str, group: str, folders: Folders) -> list[str]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("trainkit")
+
+# Lightning's own calls of deprecated functions, and advice that does not apply to loaders that need no workers.
+KNOWN_NOISE = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The '\w+_dataloader' does not have many workers",
+)
 
 
 def to_terminal() -> None:
@@ -23,6 +30,8 @@ def to_terminal() -> None:
         log.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
@@ -32,16 +41,16 @@ def to_file(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.captureWarnings(True)
     listened = [log, logging.getLogger("lightning.pytorch"), logging.getLogger("py.warnings")]
-    warnings = logging.StreamHandler(sys.stderr)
-    warnings.setFormatter(logging.Formatter("%(message)s"))
-    listened[-1].addHandler(warnings)
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(logging.Formatter("%(message)s"))
+    listened[-1].addHandler(to_stderr)
     for logger in listened:
         logger.addHandler(handler)
     try:
         yield
     finally:
         logging.captureWarnings(False)
-        listened[-1].removeHandler(warnings)
+        listened[-1].removeHandler(to_stderr)
         for logger in listened:
             logger.removeHandler(handler)
         handler.close()

@@ -146,17 +146,20 @@ def resolve(module: str, dotted: str, hops: int = 0) -> Definition | None:
         return next((hit for hit in hits if hit), None) or (
             resolve(f"{module}.{first}", rest, hops + 1) if submodule else None
         )
-    alias = _alias(entry)
-    if alias and not rest:
-        return resolve(module, alias, hops + 1)
+    if alias := _alias(entry):
+        return resolve(module, _joined(alias, rest), hops + 1)
     return _inside(module, first, entry, rest, hops)
 
 
 def _follow(entry: Imported, rest: str, hops: int) -> Definition | None:
-    dotted = ".".join(part for part in (entry.name, rest) if part)
+    dotted = _joined(entry.name, rest)
     if source(entry.module) is None:
         return Definition(entry.module, dotted, ast.Pass())
     return resolve(entry.module, dotted, hops + 1)
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)
 
 
 def _alias(statement: ast.AST) -> str | None:
@@ -167,14 +170,15 @@ def _alias(statement: ast.AST) -> str | None:
 
 def _inside(module: str, name: str, node: ast.stmt, rest: str, hops: int) -> Definition | None:
     """The attribute `rest` that the body of a class itself defines."""
-    for part in rest.split(".") if rest else ():
+    while rest:
+        part, _, rest = rest.partition(".")
         if not isinstance(node, ast.ClassDef):
             return None
         node = next((s for s in reversed(list(flat(node.body))) if part in _bound(s)), None)  # type: ignore[assignment]
         if node is None:
             return None
         if alias := _alias(node):
-            return resolve(module, alias, hops + 1)
+            return resolve(module, _joined(alias, rest), hops + 1)
         name = f"{name}.{part}"
     return Definition(module, name, node)
 
@@ -192,7 +196,9 @@ def dotted_name(node: ast.AST | None) -> str:
 def docstring(target: str) -> tuple[str, str]:
     """The docstrings of a target's module and of the target itself, "" where there is none."""
     found = locate(target)
-    if found is None or (path := source(found.module)) is None:
+    path = source(found.module) if found else None
+    if found is None or path is None:
         return "", ""
     documented = isinstance(found.node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    return ast.get_docstring(tree(path)) or "", (ast.get_docstring(found.node) or "") if documented else ""  # type: ignore[arg-type]
+    own = ast.get_docstring(found.node) if documented else ""  # type: ignore[arg-type]
+    return ast.get_docstring(tree(path)) or "", own or ""

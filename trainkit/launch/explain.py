@@ -33,7 +33,7 @@ def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """ "; did you mean 'peri'?", or nothing where no name is near."""
+    """The clause `; did you mean 'peri'?`, or nothing where no name is near."""
     near = nearest(word, names)
     return f"; did you mean '{near}'?" if near else ""
 
@@ -45,10 +45,10 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def listed(title: str, names: Iterable[str], limit: int = 24) -> str:
-    """ "title: a, b, c", or nothing where there are no names or too many to help."""
+def listed(title: str, names: Iterable[str], limit: int = 30) -> str:
+    """The line `title: a, b, c`; nothing where there are no names, and where to read them where there are many."""
     names = sorted(names)
-    return f"{title}: {', '.join(names)}" if 0 < len(names) <= limit else ""
+    return f"{title}: {', '.join(names) if len(names) <= limit else 'see python run.py --help'}" if names else ""
 
 
 @contextmanager
@@ -103,14 +103,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_noise(line: str) -> bool:
-    return bool(
-        re.match(r"\s*(full_key|object_type|reference_type|See https?:|Config search path|Search path|provider=)", line)
-    )
+    return line.lstrip().startswith(("full_key", "object_type", "reference_type", "See http", "Config search path"))
 
 
 def _yaml_hint(problem: str) -> str:
     if "mapping values" in problem:
         return "a text that contains ': ' must be quoted, and each key stands on a line of its own"
-    if "cannot start any token" in problem:
+    if "cannot start any token" in problem or "tab character" in problem:
         return "indent with spaces, not with tabs; quote texts that begin with @ ` % or *"
     return ""

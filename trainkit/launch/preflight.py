@@ -129,8 +129,7 @@ def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[s
             continue  # meant for the earlier run's choices; compose.overlay compares it with those
         check_value(word, job)
         assign(job.cfg, word)
-    checks = (check_mode,) if from_run else CHECKS
-    for check_one in checks:
+    for check_one in (check_mode, check_top) if from_run else CHECKS:
         check_one(job)
     return job.cfg
 
@@ -139,9 +138,8 @@ def check_mode(job: Composition) -> None:
     """The mode exists, and has the run that it works on."""
     mode = job.raw.get("mode")
     if mode not in MODES:
-        raise UserError(
-            f"mode={mode}: there is no such mode{did_you_mean(str(mode), MODES)}", f"modes: {', '.join(MODES)}"
-        )
+        meant = did_you_mean(str(mode), MODES)
+        raise UserError(f"mode={mode}: there is no such mode{meant}", f"modes: {', '.join(MODES)}")
     if mode in FROM_RUN and not job.raw.get("resume"):
         raise UserError(f"mode={mode} works on an earlier run: add resume=DIR, or resume=last for the newest")
 

@@ -7,6 +7,7 @@ the shipped conf/ uses. A rule by prefix would not do: torch.utils.collect_env.r
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def allowed(target: str, plugins: Sequence[str] = ()) -> str | None:
         home = found.module if (found := locate(part)) else owner
         if home != owner and not home.startswith(f"{owner}."):
             return f"{target} is not defined in {owner}: it comes from {home}"
-    if found is None:
+    if found is None or isinstance(found.node, ast.Pass):
         module, _, name = target.rpartition(".")
         return f"{target} does not exist{did_you_mean(name, names(module))}"
     if not found.name:

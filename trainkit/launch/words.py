@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING
 
-from trainkit.launch.explain import UserError, explained, nearest
+from trainkit.launch.explain import UserError, explained, listed, nearest
 from trainkit.launch.sources import Folders
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def read(argv: list[str]) -> CommandLine:
             line.flags[TAKES_VALUE[flag]] = value if equals else _value_of(flag, rest)
         else:
             raise UserError(*_unknown_flag(flag, equals + value, rest))
+    if {"resolve", "package"} & set(line.flags) and "cfg" not in line.flags:
+        raise UserError("--resolve and --package go with --cfg: they say how much of the configuration is shown")
     return line
 
 
@@ -149,8 +151,6 @@ def _bare(word: str, folders: Folders) -> list[str]:
 
 
 def _options_line(group: str, folders: Folders) -> str:
-    from trainkit.launch.explain import listed
-
     return listed(f"options of {group}", folders.options(group))
 
 

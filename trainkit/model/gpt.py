@@ -13,10 +13,11 @@ from trainkit.norm.placement import Placement, Site
 class GPT(Decoder):
     """tokens (B, T) -> logits (B, T, vocab).
 
-    x = dropout(embed(token) + position); blocks of attention and GELU MLP (4 x width), each sublayer wrapped by the
-    placement `norm`; logits = head(after(x)). `tie` shares the head's weights with the embedding. Weights are
-    N(0, 0.02²); init="gpt2" divides the standard deviation of the output projections by sqrt(2 depth), init="plain"
-    does not (LayerNorm Scaling requires that).
+    x = dropout(embed(token) + position); blocks of attention and GELU MLP (`hidden` units, 4 x width unless told), each
+    sublayer wrapped by the placement `norm`; logits = head(after(x)). `tie` shares the head's weights with the
+    embedding. Weights are N(0, 0.02²); init="gpt2" divides the standard deviation of the output projections by
+    sqrt(2 depth), init="plain" does not (LayerNorm Scaling requires that). OpenAI's weights have bias=True and
+    gelu="tanh"; the defaults are nanoGPT's.
     """
 
     def __init__(
@@ -26,10 +27,12 @@ class GPT(Decoder):
         *,
         depth: int = 6,
         width: int = 128,
+        hidden: int | None = None,
         heads: int = 4,
         context: int = 128,
         dropout: float = 0.0,
         bias: bool = False,
+        gelu: str = "exact",
         qk_norm: str = "none",
         tie: bool = True,
         init: str = "gpt2",
@@ -40,7 +43,7 @@ class GPT(Decoder):
             return Attention(site, norm, heads=heads, qk_norm=qk_norm, **linears)
 
         def mlp(site: Site) -> nn.Module:
-            return MLP(site, norm, hidden=4 * width, **linears)
+            return MLP(site, norm, hidden=4 * width if hidden is None else hidden, gelu=gelu, **linears)
 
         super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie)
         self.dropout = dropout

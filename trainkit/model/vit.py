@@ -17,8 +17,9 @@ class ViT(nn.Module):
     """images (B, C, H, W) -> logits (B, classes).
 
     Patches of `patch` x `patch` pixels become tokens by one linear map; a class token is put before them and learned
-    positions are added; blocks of bidirectional attention and GELU MLP (4 x width), each sublayer wrapped by the
-    placement `norm`; logits = head(after(x)) of the class token. `image` is (channels, height, width).
+    positions are added; blocks of bidirectional attention and GELU MLP (`hidden` units, 4 x width unless told), each
+    sublayer wrapped by the placement `norm`; logits = head(after(x)) of the class token. `image` is (channels, height,
+    width).
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ViT(nn.Module):
         patch: int = 4,
         depth: int = 12,
         width: int = 192,
+        hidden: int | None = None,
         heads: int = 3,
         dropout: float = 0.0,
         bias: bool = True,
@@ -57,7 +59,7 @@ class ViT(nn.Module):
             return Attention(site, norm, heads=heads, causal=False, qk_norm=qk_norm, **linears)
 
         def mlp(site: Site) -> nn.Module:
-            return MLP(site, norm, hidden=4 * width, **linears)
+            return MLP(site, norm, hidden=4 * width if hidden is None else hidden, **linears)
 
         self.blocks = nn.ModuleList(Block(attn, mlp, norm, width=width, layer=l, depth=depth) for l in range(depth))
         self.after = norm.after(Site("head", width, layer=depth - 1, depth=depth, index=2 * depth - 1, count=2 * depth))

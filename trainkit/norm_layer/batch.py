@@ -19,12 +19,12 @@ def batch(width: int, *, axis: int = -1, **knobs) -> BatchNorm:
 class BatchNorm(Stateful, _BatchNorm):
     """y = weight · (x - mean)/sqrt(var + eps) + bias per channel, mean and var over batch and tokens (or pixels).
 
-    In eval mean and var are the running ones: running <- (1 - momentum) running + momentum · batch's, from 0 and 1, var
-    unbiased there, biased in y. Numbers, names and, by default, counting (every training forward is an update) are those
-    of torch.nn.BatchNorm1d and 2d; count="step" makes one update per optimizer step instead.
+    In eval they are the running ones: running <- (1 - momentum) running + momentum · batch's, from 0 and 1; the batch's
+    var is unbiased there and biased in y. momentum=None: the plain mean of all updates. Numbers, names and the counting
+    are those of torch.nn.BatchNorm1d and 2d: every training forward is an update, unless count="step".
     Beyond torch's: padding does not count in the statistics; fewer than two positions per channel, where torch raises,
-    are normalized by the running statistics and change nothing; a forward recomputed by activation checkpointing
-    changes nothing; sync="mean" works on every device. momentum=None: the plain mean of all updates.
+    are normalized by the running statistics and change nothing; a forward that activation checkpointing repeats
+    changes nothing; sync="mean" works on every device.
     Leaks the future in training: a causal model's tokens are centred by later ones.
     """
 
@@ -72,8 +72,8 @@ class BatchNorm(Stateful, _BatchNorm):
 
         if self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
-        rows, valid = to_rows(x, self.axis), valid_rows(pad_mask, x, self.axis)
-        y, mean, var, n = Standardize.apply(rows, weight, bias, mean, var, valid, True, self.eps, self.sync)
+        rows, valid = to_rows(x, self.axis, self.num_features), valid_rows(pad_mask, x, self.axis)
+        y, mean, var, n = Standardize.apply(rows, weight, bias, mean, var, valid, self.eps, self.sync)
         n = torch.where(n > 1, n, 0.0)
         return from_rows(y, x, self.axis), torch.stack([mean, var * n / (n - 1)]), n
 
@@ -96,7 +96,7 @@ class BatchNorm(Stateful, _BatchNorm):
 
     def _channels_second(self, x: Tensor) -> Tensor:
         """x itself where the channels are on axis 1, as torch's kernels want them; else rows of tokens."""
-        return x if x.dim() > 1 and self.axis % x.dim() == 1 else to_rows(x, self.axis)
+        return x if x.dim() > 1 and self.axis % x.dim() == 1 else to_rows(x, self.axis, self.num_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, count={self.count}"

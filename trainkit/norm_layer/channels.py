@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-
 from trainkit.norm_layer.stateful import wide
 
 BLOCK = 2**19  # numbers in a block, 2 MiB in float32: a few of them stay in the cache
 
 
-def to_rows(x: Tensor, axis: int) -> Tensor:
-    """x with C channels on `axis` -> (tokens, C)."""
+def to_rows(x: Tensor, axis: int, width: int) -> Tensor:
+    """x with `width` channels on `axis` -> (tokens, width)."""
+    if x.shape[axis] != width:
+        raise ValueError(
+            f"the norm layer was built for {width} channels on axis {axis}; got an input of shape {tuple(x.shape)}. "
+            "Check the width and the axis it is built with"
+        )
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
@@ -95,28 +99,28 @@ def mean_square(rows: Tensor, valid: Tensor | None, sync: str) -> tuple[Tensor, 
 class Standardize(torch.autograd.Function):
     """y = (x - mean)/sqrt(var + eps) · gain + bias, statistics per channel over rows that count, exact gradients.
 
-    x: (N, C). var is the mean of (x - mean)². Without `center` the mean is taken as 0 and var is the mean of x². Fewer
-    than two rows that count (without `center`: none) have no statistics: `mean` and `var` as given serve, as constants.
+    x: (N, C). var is the mean of (x - mean)². Fewer than two rows that count have no statistics: `mean` and `var` as
+    given serve, as constants. mean=None: nothing is centred, var is the mean of x², and one row is enough.
     Rows that do not count are transformed like the others. -> y, and without gradients mean, var, number of rows.
     With sync, sums run over all ranks, in the backward too; the gradients of gain and bias stay those of the rank.
     """
 
     @staticmethod
-    def forward(ctx, x, gain, bias, mean, var, valid, center: bool, eps: float, sync: str):
+    def forward(ctx, x, gain, bias, mean, var, valid, eps: float, sync: str):
         dtype = wide(x.dtype)
-        gain, bias, mean, var = (t.to(dtype) for t in (gain, bias, mean, var))
-        n = number(x, valid)
-        if center:
-            total = torch.zeros_like(mean)
+        gain, bias, var = gain.to(dtype), bias.to(dtype), var.to(dtype)
+        n, ctx.center = number(x, valid), mean is not None
+        if mean is not None:
+            total = torch.zeros_like(var)
             for block, v in blocks(x, valid):
                 total += only(v, block.to(dtype)).sum(0)
             total, n = over_ranks(sync, total, n)
             enough = n >= 2
-            mean = torch.where(enough, total / n, mean)
+            mean = torch.where(enough, total / n, mean.to(dtype))
         else:
             (n,) = over_ranks(sync, n)
             enough = n >= 1
-            mean = torch.zeros_like(mean)
+            mean = torch.zeros_like(var)
         total = torch.zeros_like(var)
         for block, v in blocks(x, valid):
             total += only(v, (block.to(dtype) - mean).square()).sum(0)
@@ -128,7 +132,7 @@ class Standardize(torch.autograd.Function):
         for block, out in blocks(x, y):
             out.copy_(torch.addcmul(bias, block.to(dtype) - mean, scale))
         ctx.save_for_backward(x, gain, mean, inverse, torch.where(enough, 1 / n, 0.0), valid)
-        ctx.center, ctx.sync = center, sync
+        ctx.sync = sync
         ctx.mark_non_differentiable(mean, var, n)
         return y, mean, var, n
 
@@ -152,4 +156,4 @@ class Standardize(torch.autograd.Function):
             if ctx.center:
                 through = through + shift
             out.copy_(g.to(mean.dtype) * scale - only(v, through))
-        return gx, g_gain, g_bias, *(None,) * 6
+        return gx, g_gain, g_bias, *(None,) * 5

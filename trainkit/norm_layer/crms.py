@@ -16,15 +16,14 @@ class CRMSNorm(RowNorm):
     def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-5):
         super().__init__(width, axis=axis, eps=eps)
 
-    def scale(self, x: Tensor) -> Tensor:
-        squares = self.width * mean_square(x) + x.sum(-1, keepdim=True).square()
-        return (squares / (self.width + 1) + self.eps).rsqrt()
+    def scale(self, x: Tensor, total: Tensor) -> Tensor:
+        return ((self.width * mean_square(x) + total.square()) / (self.width + 1) + self.eps).rsqrt()
 
     def formula(self, x: Tensor) -> Tensor:
-        return x * self.scale(x)
+        return x * self.scale(x, x.sum(-1, keepdim=True))
 
     def gradient(self, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
-        r = self.scale(x)
-        # dr/dx = -r³ (x + sum(x)) / d
-        slope = (gy * x).sum(-1, keepdim=True) * r**3 / (self.width + 1)
-        return ((gy * r).addcmul_(x, slope, value=-1).sub_(slope * x.sum(-1, keepdim=True)),)
+        total = x.sum(-1, keepdim=True)
+        r = self.scale(x, total)
+        slope = (gy * x).sum(-1, keepdim=True) * r**3 / (self.width + 1)  # dr/dx = -r³ (x + total) / d
+        return ((gy * r).addcmul_(x, slope, value=-1).sub_(slope * total),)

@@ -21,8 +21,8 @@ class DynamicTanh(RowNorm):
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
     def formula(self, x: Tensor, alpha: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = torch.tanh(alpha * x) * gain
-        return y if bias is None else y + bias
+        t = (alpha * x).tanh()
+        return t * gain if bias is None else torch.addcmul(bias, t, gain)
 
     def gradient(
         self, x: Tensor, gy: Tensor, alpha: Tensor, gain: Tensor, bias: Tensor | None = None

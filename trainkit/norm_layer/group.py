@@ -1,7 +1,11 @@
 """Group normalization (Wu & He, ECCV 2018, arXiv:1803.08494), per token or per image."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
+
+from trainkit.norm_layer.rowwise import full_precision
 
 
 class GroupNorm(nn.Module):
@@ -24,9 +28,17 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         samples = x if self.axis == 1 else x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
-        # torch keeps the statistics in float32, and wants parameters of x's own type on some devices.
-        y = torch.group_norm(samples, self.groups, self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        y = grouped(samples, self.groups, self.gain, self.bias, self.eps)
         return y if samples is x else y.view(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
 
     def extra_repr(self) -> str:
         return f"{len(self.gain)}, groups={self.groups}, axis={self.axis}"
+
+
+def grouped(x: Tensor, groups: int, gain: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's kernel, (samples, width, …), for any dtype of the parameters."""
+    # On a processor it keeps the statistics in the dtype of the gain; other devices want x's own.
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    gain, bias = (None if p is None else p.to(dtype) for p in (gain, bias))
+    with full_precision(x):
+        return torch.group_norm(x, groups, gain, bias, eps)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from trainkit.norm_layer.group import grouped
+
 
 class InstanceNorm(nn.Module):
     """y = gain · (x - mean)/sqrt(var + eps) + bias; mean, var (biased) over all positions of a sample, per channel.
@@ -27,11 +29,8 @@ class InstanceNorm(nn.Module):
                 f"norm_layer=instance averages over positions, so it needs three axes or more; got {tuple(x.shape)}. "
                 "Try norm_layer=layer"
             )
-        gain = None if self.gain is None else self.gain.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        # One group per channel. torch.instance_norm is the same but refuses a single position.
-        y = torch.group_norm(x.movedim(self.axis, 1), self.width, gain, bias, self.eps)
-        return y.movedim(1, self.axis)
+        # One group per channel; torch's own instance_norm refuses a single position.
+        return grouped(x.movedim(self.axis, 1), self.width, self.gain, self.bias, self.eps).movedim(1, self.axis)
 
     def extra_repr(self) -> str:
         return f"{self.width}, axis={self.axis}, affine={self.gain is not None}"

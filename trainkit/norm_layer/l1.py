@@ -31,7 +31,7 @@ class L1Norm(RowNorm):
     def gradient(self, x: Tensor, gy: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         c = x - x.mean(-1, keepdim=True)
         s = self.deviation(c)
-        xh, g = c / s, gy * gain
-        slope = self.constant * (g * xh).mean(-1, keepdim=True)
-        gc = g.addcmul_(c.sign_(), slope, value=-1).div_(s)
-        return gc.sub_(gc.mean(-1, keepdim=True)), (gy * xh).sum(0), gy.sum(0)
+        p = gy * c
+        slope = (p @ gain).unsqueeze(-1) * (self.constant / self.width) / s
+        gc = (gy * gain).addcmul_(c.sign(), slope, value=-1).div_(s)
+        return gc.sub_(gc.mean(-1, keepdim=True)), p.div_(s).sum(0), gy.sum(0)

@@ -13,18 +13,18 @@ GROUP_EPS = 1e-5  # of the group scaling, whatever the layer's eps is
 
 
 class PowerNorm(Stateful):
-    """y = gain · z + bias, z = u/sqrt(s + eps) in the first `warmup` steps and u/sqrt(phi + eps) afterwards and in eval.
+    """y = gain · z + bias; z = u/sqrt(s + eps) in the first `warmup` steps, u/sqrt(phi + eps) afterwards and in eval.
 
-    u = x/sqrt(mean(x²) + 1e-5) per token over each of `groups` groups of channels; s (width,) = mean over tokens of u²;
-    phi: its running mean. State: phi (from 1), e (from 0), the step i (from 0). A step with statistic s:
+    u = x/sqrt(mean(x²) + 1e-5) per token over each of `groups` groups of channels; s (width,): mean of u² over tokens.
+    State: phi (width,), running mean of s, from 1; e (width,), from 0; the step i, from 0. A step with statistic s:
         i <- i + 1;  if i < warmup: phi <- phi (i-1)/i + s/i;  then phi <- forward_decay phi + (1 - forward_decay) s.
-    Backward, no gradient through s or phi, g = gain · gy:
-        q = g - (1 - backward_decay) e z;  gu = q/sqrt(s + eps);  e <- e + mean over all tokens, padding included, of q z.
-    The sums behind e are made in the backward. No mean is subtracted; batch means of language data vary too much.
-    As in the released code, unlike the paper's algorithm 2: the backward divides by the batch's statistic even after
+    Backward, without gradients through s and phi; g = gain · gy; its mean is over all tokens, padding included:
+        q = g - (1 - backward_decay) e z;  gu = q/sqrt(s + eps);  e <- e + mean(q z).
+    Nothing is centred: the means of batches of language vary too much. e is updated by what the backward finds, in the
+    unit of the loss's gradient, so a change of loss scale disturbs it. Leaks the future during warm-up.
+    As in the released code and unlike the paper's algorithm 2: the backward divides by the batch's statistic even after
     warm-up, phi is updated twice during it, and the group scaling. The code counts calls instead of optimizer steps
-    (count=call) and takes LR warm-up length and number of heads for `warmup` and `groups` in its translation models.
-    e has the unit of the loss's gradient: a change of loss scale shifts it. Leaks the future during warm-up.
+    (count=call); its translation models set `warmup` to the LR's warm-up and `groups` to the number of heads.
     A batch of padding alone is divided by phi and leaves the state as it was.
     Raises ValueError where groups does not divide width.
     """
@@ -60,7 +60,7 @@ class PowerNorm(Stateful):
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """x: `width` channels on `axis`; pad_mask: x's shape without them, True at padding -> y, of x's shape."""
-        rows = to_rows(x, self.axis)
+        rows = to_rows(x, self.axis, len(self.gain))
         if not self.training:
             h = rows.to(wide(x.dtype))
             scale = self.gain * torch.rsqrt(self.running_square + self.eps)
@@ -96,7 +96,7 @@ class PowerNorm(Stateful):
         self.replace("running_square", self.forward_decay * cumulative + (1 - self.forward_decay) * s, seen)
         self.steps += seen
 
-    def update_gradient(self, statistics: Tensor, seen: Tensor) -> None:
+    def update_gradient(self, statistics: Tensor, seen: Tensor, *call: Tensor) -> None:
         self.replace("running_gradient", self.running_gradient + statistics[0], seen)
 
     def extra_repr(self) -> str:

@@ -40,8 +40,8 @@ class PowerNormV(Stateful):
         """x: `width` channels on `axis`; pad_mask: x's shape without them, True at padding -> y, of x's shape."""
         if not self.training:
             return affine(x, *self.scale_shift(), self.axis)
-        rows, valid, s = to_rows(x, self.axis), valid_rows(pad_mask, x, self.axis), self.running_square
-        y, _, s, n = Standardize.apply(rows, self.gain, self.bias, s, s, valid, False, self.eps, self.sync)
+        rows, valid, s = to_rows(x, self.axis, len(self.gain)), valid_rows(pad_mask, x, self.axis), self.running_square
+        y, _, s, n = Standardize.apply(rows, self.gain, self.bias, None, s, valid, self.eps, self.sync)
         self.observe(s.unsqueeze(0), n)
         return from_rows(y, x, self.axis)
 

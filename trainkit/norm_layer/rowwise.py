@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-BLOCK = 2**22  # numbers of half precision that are converted at once: their float32 copy takes 16 MiB
+BLOCK = 2**19  # numbers that one thread works on at a time: in float32 2 MiB, which the caches hold
 GROUP = 32  # rows whose parameter gradients compiled code adds up first
 
 
@@ -123,11 +123,15 @@ def fusible(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """(…, width) as matrices of rows: one, or several where a processor's caches shall hold what is converted."""
+    """(…, width) as matrices of rows, on a processor as many as keep the steps of a formula in its caches.
+
+    Several threads wait for the slowest of them at every step, so they get far fewer and larger ones.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu" or x.dtype == at_least_float32(x):
+    if x.device.type != "cpu":
         return (rows,)
-    return rows.split(max(1, BLOCK // x.shape[-1]))
+    size = BLOCK if torch.get_num_threads() == 1 else 16 * BLOCK
+    return rows.split(max(1, size // x.shape[-1]))
 
 
 def assemble(parts: Iterator[Tensor], x: Tensor) -> Tensor:

@@ -30,19 +30,20 @@ class SeeDNorm(RowNorm):
 
     def formula(self, x: Tensor, gain: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         s = self.sliced(x * beta).sum(-1, keepdim=True).tanh()  # (…, heads, 1)
-        factor = (s * self.sliced(alpha)).flatten(-2) + gain
+        factor = torch.addcmul(self.sliced(gain), s, self.sliced(alpha)).flatten(-2)
         return x * (mean_square(x) + self.eps).rsqrt() * factor
 
     def gradient(self, x: Tensor, gy: Tensor, gain: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         s = self.sliced(x * beta).sum(-1, keepdim=True).tanh()
-        factor = (s * self.sliced(alpha)).flatten(-2) + gain
+        factor = torch.addcmul(self.sliced(gain), s, self.sliced(alpha)).flatten(-2)
         r = (mean_square(x) + self.eps).rsqrt()
         gfactor = (x * r).mul_(gy)
         gz = self.sliced(gfactor * alpha).sum(-1, keepdim=True) * (1 - s.square())  # of the product <x, beta>
         galpha = (self.sliced(gfactor) * s).sum(0).flatten()
         gbeta = (self.sliced(x) * gz).sum(0).flatten()
         gx, _ = rms_gradient(x, factor.mul_(gy), r)
-        return gx.add_((gz * self.sliced(beta)).flatten(-2)), gfactor.sum(0), galpha, gbeta
+        self.sliced(gx).addcmul_(gz, self.sliced(beta))
+        return gx, gfactor.sum(0), galpha, gbeta
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"

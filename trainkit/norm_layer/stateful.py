@@ -16,7 +16,7 @@ CHANGES_ALLOWED = 3  # of the parameters between two calls of advance(); SAM wri
 
 
 def advance(model: nn.Module) -> None:
-    """Tells every stateful norm layer in `model` that the optimizer has stepped; without new batches, nothing happens."""
+    """Tells every stateful norm layer in `model` that the optimizer has stepped. Without new batches it is idle."""
     for module in model.modules():
         if isinstance(module, Stateful):
             module.advance()
@@ -68,15 +68,15 @@ class Stateful(nn.Module):
         """One step of the state by the forward's statistics (rows, width), with `replace`."""
         raise NotImplementedError
 
-    def update_gradient(self, statistics: Tensor, seen: Tensor) -> None:
-        """One step of the state by the backward's statistics, for layers that have any."""
+    def update_gradient(self, statistics: Tensor, seen: Tensor, *call: Tensor) -> None:
+        """One step of the state by the backward's statistics, for layers that have any; call: as given to observe."""
         raise NotImplementedError
 
     def expect_statistics(self, rows: int, width: int, *, gradient_rows: int = 0) -> None:
         """Creates the sums of what `observe` and `observe_gradient` will bring."""
         for prefix, count in (("", rows), ("gradient_", gradient_rows)):
             self.register_buffer(f"{prefix}sums", statistic(count, width), persistent=False)
-            self.register_buffer(f"{prefix}weight_sum", statistic(), persistent=False)
+            self.register_buffer(f"{prefix}weight_sum", statistic(1), persistent=False)  # torch.compile loses a scalar
 
     @torch.no_grad()
     def read(self, key: Tensor) -> list[Tensor]:
@@ -84,8 +84,12 @@ class Stateful(nn.Module):
 
         Copies, since the backward needs them after the buffers have moved.
         """
+        if self.count == "call" and torch.compiler.is_compiling():
+            # In one graph with the update, the compiler may compute these copies again in the backward, from buffers
+            # that have moved.
+            torch._dynamo.graph_break()
         state = [getattr(self, name).clone() for name in self.reads]
-        if self.count == "step" or torch.compiler.is_compiling():
+        if self.count == "step":
             return state
         if not recomputing():
             self._calls.append((key.clone(), state))
@@ -107,10 +111,10 @@ class Stateful(nn.Module):
         add(self.sums, self.weight_sum, statistics, weight)
 
     @torch.no_grad()
-    def observe_gradient(self, statistics: Tensor, weight: Tensor) -> None:
-        """The same for the statistics of a backward."""
+    def observe_gradient(self, statistics: Tensor, weight: Tensor, *call: Tensor) -> None:
+        """The same for the statistics of a backward; call: what an update under count=call must know of its forward."""
         if self.count == "call":
-            self.update_gradient(statistics, weight > 0)
+            self.update_gradient(statistics, weight > 0, *call)
         else:
             add(self.gradient_sums, self.gradient_weight_sum, statistics, weight)
 
@@ -120,9 +124,11 @@ class Stateful(nn.Module):
         self._version, self._changes = -1, 0
         if self.count == "call":
             return
-        self.update(self.sums / self.weight_sum, self.weight_sum > 0)
+        self.update(self.sums / self.weight_sum, (self.weight_sum > 0).squeeze())
         if len(self.gradient_sums):
-            self.update_gradient(self.gradient_sums / self.gradient_weight_sum, self.gradient_weight_sum > 0)
+            self.update_gradient(
+                self.gradient_sums / self.gradient_weight_sum, (self.gradient_weight_sum > 0).squeeze()
+            )
         for pending in (self.sums, self.weight_sum, self.gradient_sums, self.gradient_weight_sum):
             pending.zero_()
 

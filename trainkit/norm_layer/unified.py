@@ -1,4 +1,4 @@
-"""Unified Normalization (Yang et al., ACM Multimedia 2022, arXiv:2208.01313): quadratic means smoothed over a window."""
+"""Unified Normalization (Yang et al., ACM MM 2022, arXiv:2208.01313): batch quadratic means smoothed over a window."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ class UnifiedNorm(Stateful):
         filtration, i >= W:  if in any channel arithmetic - geometric mean of squares > M var(sqrt(squares before)),
             var over all M · width entries: squares[i mod M] <- R, and this step is skipped
         v = s if i <= M, i < W or skipped, else exp(mean of log squares);  R <- momentum R + (1 - momentum) v.
-    Backward, r = sqrt((v + eps)/(R before + eps)) in [1/5, 5], but 1 if i <= max(1000, W) or skipped; g = gain · gy · r:
-        G = mean over all tokens, padding included, of g z;  gradients[i mod M] <- G, if skipped e
+    Backward, r = sqrt((v + eps)/(R before + eps)) in [1/5, 5], but 1 if i <= max(1000, W) or skipped; g = gain · gy r:
+        G = mean over all tokens, padding included, of g z;  gradients[i mod M] <- G, or e if skipped
         G' = G if i <= M, i < W or skipped, else the mean of gradients;  e <- momentum e + (1 - momentum) G'
-        gx = (g - e z)/sqrt(v + eps), with G' in place of e if skipped.  gain's gradient carries r.
-    In eval v is R: a fixed scale per channel that folds into the next linear layer. filtration keeps outliers out of
-    the windows: the paper has it on for images, off for language. When fine-tuning, set the buffer `steps` to 0.
+        gx = (g - e z)/sqrt(v + eps) with the new e, or G' in its place if skipped; gain's gradient carries r as well.
+    In eval v is R: a fixed scale per channel, which folds into the next linear layer. filtration keeps outliers out of
+    the windows; the paper has it on for images, off for language. When fine-tuning, set the buffer `steps` to 0.
     The released code counts calls instead of optimizer steps (count=call). Under count=step each micro-batch is
-    normalized with the window that its own s completes, and the step is made with the mean s and G. The windows change
-    in the backward as well. Leaks the future in training. A batch of padding alone is divided by R and changes nothing.
+    normalized with the window that its own s completes, and the step is made with the mean s and G. gradients and e
+    follow what the backward finds. Leaks the future in training. A batch of padding alone is divided by R and changes
+    nothing. Raises ValueError for a window below 1.
     """
 
     reads = ("squares", "gradients", "running_square", "running_gradient", "steps")
@@ -61,9 +62,7 @@ class UnifiedNorm(Stateful):
         super().__init__(count=count, sync=sync)
         sizes = [window, window] if isinstance(window, int) else list(window)
         if len(sizes) != 2 or min(sizes) < 1:
-            raise ValueError(
-                f"norm_layer.window is a number of steps or [forward, backward], from 1; got {window}. Try 4"
-            )
+            raise ValueError(f"norm_layer.window is a number of steps or [forward, backward]; got {window}. Try 4")
         self.axis, self.eps, self.warmup, self.momentum, self.filtration = axis, eps, warmup, momentum, filtration
         self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("squares", statistic(sizes[0], width))
@@ -72,16 +71,14 @@ class UnifiedNorm(Stateful):
         self.register_buffer("running_gradient", statistic(width))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("skips", torch.zeros((), dtype=torch.long))
-        self.register_buffer(
-            "skipped", torch.zeros((), dtype=torch.bool), persistent=False
-        )  # whether the last step was
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.bool), persistent=False)  # the last step
         self.expect_statistics(1, width, gradient_rows=1)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """x: `width` channels on `axis`; pad_mask: x's shape without them, True at padding -> y, of x's shape."""
         if not self.training:
             return affine(x, *self.scale_shift(), self.axis)
-        rows = to_rows(x, self.axis)
+        rows = to_rows(x, self.axis, len(self.gain))
         with torch.no_grad():
             s, n = mean_square(rows, valid_rows(pad_mask, x, self.axis), self.sync)
             squares, gradients, running, e, i = self.read(s)
@@ -105,9 +102,9 @@ class UnifiedNorm(Stateful):
         self.skips += seen & outlier
         self.steps += seen
 
-    def update_gradient(self, statistics: Tensor, seen: Tensor) -> None:
-        state = (self.gradients, self.running_gradient, self.steps, self.skipped)
-        gradients, _, e = self.smooth_gradient(statistics[0], *state)
+    def update_gradient(self, statistics: Tensor, seen: Tensor, *call: Tensor) -> None:
+        i, skip = call or (self.steps, self.skipped)
+        gradients, _, e = self.smooth_gradient(statistics[0], self.gradients, self.running_gradient, i, skip)
         self.replace("gradients", gradients, seen)
         self.replace("running_gradient", e, seen)
 
@@ -137,9 +134,7 @@ class UnifiedNorm(Stateful):
 
     def extra_repr(self) -> str:
         window = [len(self.squares), len(self.gradients)]
-        return (
-            f"{len(self.gain)}, window={window}, warmup={self.warmup}, filtration={self.filtration}, count={self.count}"
-        )
+        return f"{len(self.gain)}, window={window}, warmup={self.warmup}, count={self.count}"
 
 
 class Unified(torch.autograd.Function):
@@ -172,7 +167,7 @@ class Unified(torch.autograd.Function):
         mean, rows = over_ranks(layer.sync, g_gain * gain, number(x, None))
         mean = mean / rows.clamp(min=1)
         _, smooth, e = layer.smooth_gradient(mean, gradients, e, i, skip)
-        layer.observe_gradient(mean.unsqueeze(0), torch.where(n > 0, rows, 0.0))
+        layer.observe_gradient(mean.unsqueeze(0), torch.where(n > 0, rows, 0.0), i, skip)
 
         scale, pull = gain * r * inverse, torch.where(skip, smooth, e) * inverse.square()
         gx = torch.empty_like(x)

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.q_rotated, self.k_rotated = inside("q_rotated", heads), inside("k_rotated", kv_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         # (B, T, (heads + 2 kv_heads) head_dim) -> three of (B, ·heads, T, head_dim)
         qkv = self.qkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             is_causal=self.causal,
             enable_gqa=self.kv_heads < self.heads,
         )
-        y = self.out(y.transpose(1, 2).reshape(batch, length, width))
+        y = self.out(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
     @torch.no_grad()

@@ -24,7 +24,10 @@ class FeedForward(nn.Module):
 
 
 class MLP(FeedForward):
-    """out(gelu(in(x))), x: (…, width) -> same; the exact GELU, as in GPT-2's PyTorch versions."""
+    """out(gelu(in(x))), x: (…, width) -> same. gelu: "exact", or "tanh", the approximation that GPT-2 was trained with.
+
+    Raises ValueError on another one, and where there are no hidden units.
+    """
 
     def __init__(
         self,
@@ -34,18 +37,24 @@ class MLP(FeedForward):
         hidden: int,
         bias: bool = False,
         dropout: float = 0.0,
+        gelu: str = "exact",
         std: float = 0.02,
         out_std: float = 0.02,
     ):
         super().__init__()
-        self.dropout = dropout
+        if gelu not in ("exact", "tanh"):
+            raise ValueError(f"model.gelu is exact or tanh; got {gelu!r}")
+        if hidden < 1:
+            raise ValueError(f"model.hidden must be at least 1; got {hidden}")
+        self.dropout, self.approximate = dropout, "tanh" if gelu == "tanh" else "none"
         self.inp = linear(site.width, hidden, bias=bias, std=std)
         self.hidden_norm = norm.inside(replace(site, kind="hidden", width=hidden))
         self.last_norm = norm.inside(replace(site, kind="last", width=hidden))
         self.out = linear(hidden, site.width, bias=bias, std=out_std, writes_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.out(self.last_norm(F.gelu(self.hidden_norm(self.inp(x)))))
+        u = F.gelu(self.hidden_norm(self.inp(x)), approximate=self.approximate)
+        y = self.out(self.last_norm(u))
         return F.dropout(y, self.dropout, self.training)
 
 
