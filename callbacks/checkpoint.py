@@ -52,9 +52,7 @@ class LastAndBest(Checkpoint):
         if len(self._generators) == trainer.world_size:
             _set_generators(self._generators[trainer.global_rank])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if self._saved_step == trainer.global_step or trainer.fit_loop._should_accumulate():
             return
         last = trainer.global_step >= pl_module.total_steps and not trainer.enable_validation
@@ -81,9 +79,13 @@ class LastAndBest(Checkpoint):
     def _improves(self, trainer: Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
-            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor} is not validated; there are: {known or 'none'}")
+            raise ValueError(
+                f"callbacks.checkpoint.monitor={self.monitor} is not validated; there are: {known or 'none'}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
-        better = value == value and (self.best is None or (value < self.best if self.mode == "min" else value > self.best))
+        better = value == value and (
+            self.best is None or (value < self.best if self.mode == "min" else value > self.best)
+        )
         if better:
             self.best = value
         return better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Guard(Callback):
         if on_non_finite not in ("stop", "warn"):
             raise ValueError(f"callbacks.guard.on_non_finite must be stop or warn; got {on_non_finite!r}")
         self.on_non_finite = on_non_finite
-        self.losses: list[tuple[int, Tensor]] = []  # (step, loss) since the last look; kept, not computed with
+        # (step, loss) since the last look: kept, not computed with. Bounded, for runs that are hardly ever logged.
+        self.losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)
         self.warned = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: Task, loss: Tensor) -> None:  # type: ignore[override]
@@ -55,7 +57,8 @@ class Guard(Callback):
         self._look(pl_module)
 
     def _look(self, task: Task, *, with_gradients: bool = False) -> None:
-        kept, self.losses = self.losses, []
+        kept = list(self.losses)
+        self.losses.clear()
         if not kept or self.warned:
             return
         values = torch.stack([loss for _, loss in kept]).tolist()

@@ -14,7 +14,9 @@ class LearningRate(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Task, optimizer: Any) -> None:  # type: ignore[override]
         if pl_module.due:
-            rates = {group.get("role", number): float(group["lr"]) for number, group in enumerate(optimizer.param_groups)}
+            rates = {
+                group.get("role", number): float(group["lr"]) for number, group in enumerate(optimizer.param_groups)
+            }
             first = next(iter(rates.values()))
             differ = any(rate != first for rate in rates.values())
             pl_module.record({"lr": first} | ({f"lr/{role}": rate for role, rate in rates.items()} if differ else {}))

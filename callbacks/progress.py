@@ -38,9 +38,7 @@ class Progress(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self._say(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self.unsaid = pl_module.due
         if self.bar is not None:
             self.bar.update(self.line, completed=trainer.global_step)

@@ -63,9 +63,7 @@ class Throughput(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         self._pause(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if not pl_module.due:
             return
         now = _now(trainer)

@@ -117,6 +117,7 @@ def test_a_crash_while_saving_leaves_the_one_before(tmp_path, monkeypatch, crash
         raise OSError("no space left on device")
 
     if crash_in == "save":
+
         def half(self, path, *_, **__):
             path.write_bytes(b"half")
             fail()

@@ -124,7 +124,13 @@ def fit(
     **options: Any,
 ) -> tuple[Trainer, Task]:
     """A run in `folder`: 12 steps, validated every 4th and logged every 2nd, unless `options` say otherwise."""
-    options = {"max_steps": 12, "val_check_interval": 4, "log_every_n_steps": 2, "accelerator": "cpu", "threads": 1} | options
+    options = {
+        "max_steps": 12,
+        "val_check_interval": 4,
+        "log_every_n_steps": 2,
+        "accelerator": "cpu",
+        "threads": 1,
+    } | options
     torch.manual_seed(1)
     trainer = make_trainer(run_dir=folder, callbacks=callbacks, **options)
     trainer.loggers = [JsonlLogger(folder), *(loggers or [])]

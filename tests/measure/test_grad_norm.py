@@ -67,7 +67,9 @@ def test_mixed_dtypes_are_computed_in_the_widest():
 def test_the_total_is_that_of_clipping():
     given = groups(torch.float32)
     parameters = [p for group in given.values() for p in group]
-    assert float(grad_norm(given)["global"]) == pytest.approx(float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+    assert float(grad_norm(given)["global"]) == pytest.approx(
+        float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    )
 
 
 def test_a_broken_gradient_shows_in_its_own_part_only():

@@ -99,7 +99,7 @@ def _word(data: bytes | mmap, start: int, limit: int) -> int:
 
 def _character(data: bytes | mmap, position: int) -> int:
     """The last position up to `position` at which a UTF-8 character starts."""
-    for start in range(position, max(position - 4, 0), -1):
+    for start in range(position, max(position - 4, -1), -1):
         if start == len(data) or data[start] & 0xC0 != 0x80:
             return start
     return position

@@ -1,21 +1,22 @@
-"""Iterables of batches: training from the trainer's position on, evaluation over fixed windows."""
+"""Iterables of batches: training from the trainer's position on, evaluation over fixed items."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from trainkit.data.windows import gather, shuffled, windows_per_epoch
+Batch = tuple[Tensor, Tensor]  # inputs and what is to be predicted
 
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of an optimizer step; micro_batch: windows per forward pass; pin: in page-locked memory."""
+    """One process's part of an optimizer step; micro_batch: items per forward pass; pin: in page-locked memory."""
 
     micro_batch: int
     world: int = 1
@@ -38,51 +39,52 @@ class Share:
         pin = trainer.strategy.root_device.type == "cuda"
         return cls(micro_batch, world, trainer.global_rank, accumulation, pin)
 
-
-class _Loader:
-    """Gathers windows of context + 1 tokens by where they start."""
-
-    def __init__(self, tokens: np.ndarray, share: Share, *, context: int):
-        self.tokens, self.share, self.context = tokens, share, context
-
-    def batch(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        inputs, targets = gather(self.tokens, starts, self.context)
-        return (inputs.pin_memory(), targets.pin_memory()) if self.share.pin else (inputs, targets)
+    def pinned(self, batch: Batch) -> Batch:
+        return (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
 
 
-class TrainLoader(_Loader):
+class Source(Protocol):
+    """What batches are drawn from: so many items per epoch, in an order that follows from (seed, epoch) alone."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, seed: int, epoch: int) -> Callable[[slice], Batch]:
+        """What gives the batch at a stretch of that epoch's order."""
+        ...
+
+
+class TrainLoader:
     """The batches from the trainer's position to the end of its epoch.
 
-    Optimizer step s of an epoch takes the windows [s · batch_size, (s + 1) · batch_size) of the shuffled order; its
-    micro-batch m on process r is the slice number m · world + r of them. Windows that do not fill a step are left out.
+    Optimizer step s of an epoch takes the items [s · batch_size, (s + 1) · batch_size) of the shuffled order; its
+    micro-batch m on process r is the slice number m · world + r of them. Items that do not fill a step are left out.
     The position follows from trainer.global_step alone, so a resumed run goes on with the batch that was next; the
     state in a checkpoint is only compared with it.
     """
 
-    def __init__(self, tokens: np.ndarray, share: Share, *, context: int, seed: int, trainer: Trainer | None = None):
-        super().__init__(tokens, share, context=context)
-        self.seed, self.trainer = seed, trainer
-        self.steps = windows_per_epoch(len(tokens), context) // (share.micro_batch * share.world * share.accumulation)
+    def __init__(self, source: Source, share: Share, *, seed: int, trainer: Trainer | None = None):
+        self.source, self.share, self.seed, self.trainer = source, share, seed, trainer
+        self.steps = len(source) // (share.micro_batch * share.world * share.accumulation)
         self._saved: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return self.steps * self.share.accumulation
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         here = self.state_dict()
         if self._saved not in (None, here):
             raise ValueError(
-                "a resumed run must keep the text, seed, data.batch_size and data.context: the checkpoint stands at "
+                "a resumed run must keep its data, seed, data.batch_size and data.context: the checkpoint stands at "
                 f"{self._saved}, this run at {here}. Undo the change, or start a new run with init_from="
             )
         self._saved = None
         share = self.share
         # overfit_batches asks for the same few batches in every epoch.
         epoch = 0 if self.trainer and self.trainer.overfit_batches else here["epoch"]  # type: ignore[attr-defined]
-        starts = shuffled(len(self.tokens), self.context, seed=self.seed, epoch=epoch)
+        draw = self.source.epoch(self.seed, epoch)
         for batch in range(here["step"] * share.accumulation, len(self)):
             begin = (batch * share.world + share.rank) * share.micro_batch
-            yield self.batch(starts[begin : begin + share.micro_batch])
+            yield share.pinned(draw(slice(begin, begin + share.micro_batch)))
 
     def state_dict(self) -> dict[str, int]:
         """The position, epoch and optimizer step within it, and the two numbers that give it its meaning."""
@@ -97,20 +99,20 @@ class TrainLoader(_Loader):
         self._saved = state
 
 
-class FixedLoader(_Loader):
-    """This process's share of the same windows at every pass, in micro-batches; the last one may be smaller.
+class FixedLoader:
+    """This process's share of the same items at every pass, in micro-batches; the last one may be smaller.
 
-    All processes get equally many, as some strategies wait for each other in every batch; so up to world - 1 windows
+    All processes get equally many, as some strategies wait for each other in every batch; so up to world - 1 items
     are left out where their number is no multiple of the processes.
     """
 
-    def __init__(self, tokens: np.ndarray, share: Share, *, context: int, starts: np.ndarray):
-        super().__init__(tokens, share, context=context)
-        self.starts = starts[: len(starts) // share.world * share.world][share.rank :: share.world]
+    def __init__(self, items: np.ndarray, share: Share, draw: Callable[[np.ndarray], Batch]):
+        self.items = items[: len(items) // share.world * share.world][share.rank :: share.world]
+        self.share, self.draw = share, draw
 
     def __len__(self) -> int:
-        return ceil(len(self.starts) / self.share.micro_batch)
+        return ceil(len(self.items) / self.share.micro_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin in range(0, len(self.starts), self.share.micro_batch):
-            yield self.batch(self.starts[begin : begin + self.share.micro_batch])
+    def __iter__(self) -> Iterator[Batch]:
+        for begin in range(0, len(self.items), self.share.micro_batch):
+            yield self.share.pinned(self.draw(self.items[begin : begin + self.share.micro_batch]))

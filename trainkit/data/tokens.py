@@ -16,7 +16,7 @@ from trainkit.data.documents import Document
 from trainkit.data.encoding import write
 from trainkit.data.loader import FixedLoader, Share, TrainLoader
 from trainkit.data.tokenizer import Codec, codec_fingerprint, load_codec, make_codec
-from trainkit.data.windows import spread, windows_per_epoch
+from trainkit.data.windows import Windows, gather, spread, windows_per_epoch
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -101,8 +101,8 @@ class Tokens(LightningDataModule):
         return Share.of(self.trainer, self.batch_size)
 
     def train_dataloader(self) -> TrainLoader:
-        tokens = self.corpus.open("train")
-        return TrainLoader(tokens, self.share(), context=self.context, seed=self.seed, trainer=self.trainer)
+        windows = Windows(self.corpus.open("train"), self.context)
+        return TrainLoader(windows, self.share(), seed=self.seed, trainer=self.trainer)
 
     def val_dataloader(self) -> FixedLoader:
         return self._fixed("val", self.val_batches)
@@ -118,7 +118,7 @@ class Tokens(LightningDataModule):
                 f"every process needs a window of data.context={self.context} tokens of the {part} text; it has "
                 f"{len(starts)} for {share.world} processes. Give more text, or lower model.context or trainer.devices"
             )
-        return FixedLoader(tokens, share, context=self.context, starts=starts)
+        return FixedLoader(starts, share, lambda mine: gather(tokens, mine, self.context))
 
     def _prepared(self) -> Corpus:
         settings = {"kind": self.tokenizer, "vocab": self.tokenizer_vocab, "file": self.tokenizer_file}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
@@ -37,3 +39,17 @@ def gather(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor
     """Inputs and targets, both int64 (len(starts), context); targets are the inputs one token later."""
     windows = torch.from_numpy(sliding_window_view(tokens, context + 1)[starts].astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+class Windows:
+    """The training windows of a token array, as TrainLoader draws them."""
+
+    def __init__(self, tokens: np.ndarray, context: int):
+        self.tokens, self.context = tokens, context
+
+    def __len__(self) -> int:
+        return windows_per_epoch(len(self.tokens), self.context)
+
+    def epoch(self, seed: int, epoch: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
+        starts = shuffled(len(self.tokens), self.context, seed=seed, epoch=epoch)
+        return lambda part: gather(self.tokens, starts[part], self.context)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainkit.launch.job import Result
 
 
@@ -24,3 +28,27 @@ def run(overrides: list[str]) -> Result:
     from trainkit.launch.job import execute
 
     return execute(plan.configs[0], plan.overrides[0])
+
+
+def load(directory: str | Path, *, checkpoint: str = "last", plugins: Sequence[str] = ()) -> nn.Module:
+    """The trained model of a run's directory, or of one that mode=convert wrote, in eval mode.
+
+    checkpoint: last or best. plugins: packages outside trainkit that its configuration may call. Raises
+    trainkit.launch.explain.UserError where there is no such run, or its configuration calls anything else.
+    """
+    from trainkit.launch import rundir
+    from trainkit.launch.explain import UserError
+    from trainkit.launch.job import make, mistakes
+    from trainkit.launch.preflight import check_config
+    from trainkit.launch.runconfig import load_config
+    from trainkit.launch.weights import from_run
+
+    directory = Path(directory).expanduser()
+    if not rundir.is_run(directory):
+        raise UserError(f"{str(directory)!r} is no run directory: it lacks result.json or config.yaml")
+    cfg = load_config(directory / "config.yaml")
+    check_config(cfg, plugins=plugins)
+    with mistakes():
+        task = make(cfg, "task")
+        from_run(task, directory, checkpoint=checkpoint, form=cfg.get("to"))
+    return task.model.eval()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.launch.composition import Composition
+from trainkit.launch.composition import Composition, exists, leaves
 from trainkit.launch.explain import UserError, explained
 from trainkit.launch.sources import CONF, Folders, folder_of
 from trainkit.launch.values import check_value
@@ -77,23 +77,11 @@ def choose(words: list[str]) -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
         cfg.choices = {group: option for group, option in chosen.items() if not str(group).startswith("hydra/")}
-    for key, value in _leaves(OmegaConf.to_container(cfg.prefers)):
-        if OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING:
+    raw = Composition(cfg).raw
+    for key, value in leaves(raw["prefers"]):
+        if exists(raw, key):
             OmegaConf.update(cfg, key, value)
     return cfg
-
-
-_MISSING = object()
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings in a tree, by dotted key."""
-    for name, value in node.items():
-        inner = f"{key}.{name}" if key else str(name)
-        if isinstance(value, dict):
-            yield from _leaves(value, inner)
-        else:
-            yield inner, value
 
 
 def _without_hydras_own(words: list[str]) -> list[str]:

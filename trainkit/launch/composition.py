@@ -124,6 +124,24 @@ def walk(node: Any, twin: Any = None, key: str = "") -> Iterator[tuple[str, Any,
         yield from walk(value, other, inner)
 
 
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) below `node` whose value is no dict; `node` itself where it is none."""
+    if not isinstance(node, dict):
+        yield key, node
+        return
+    for name, value in node.items():
+        yield from leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def exists(node: Any, key: str) -> bool:
+    """Whether plain data has a dotted key, be its value null."""
+    parent, _, name = key.rpartition(".")
+    above = select(node, parent)
+    if isinstance(above, list):
+        return name.isdigit() and int(name) < len(above)
+    return isinstance(above, dict) and name in above
+
+
 def select(node: Any, key: str) -> Any:
     """The value at a dotted key of plain data, or None."""
     for name in key.split(".") if key else ():

@@ -1,4 +1,4 @@
-"""One run, from a checked configuration to its result: the modes train and eval."""
+"""One run, from a checked configuration to its result: the modes train and eval, and the door to the others."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from trainkit.launch.preflight import check_config
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
+from trainkit.launch.weights import from_run, initialize
 from trainkit.optimizer.partition import describe
 from trainkit.task.base import Task
 
@@ -44,8 +45,10 @@ class Result:
 
 def execute(cfg: DictConfig, overrides: list[str]) -> Result:
     """Carries out the configuration's mode. Raises UserError for a mistake that shows only once data are read."""
+    from trainkit.launch.convert import convert  # made of the parts below
+
     to_terminal()
-    return {"train": train, "eval": evaluate}[cfg.mode](cfg, overrides)
+    return {"train": train, "eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> Result:
@@ -56,8 +59,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
     with mistakes():
         data = build_data(cfg)
         task = build_task(cfg)
-        if cfg.init_from:
-            load_weights(task, rundir.find(cfg.init_from, cfg.paths.log_dir), cfg.checkpoint)
+        initialize(task, cfg)
         run = locate(cfg, overrides, previous)
         trainer = build_trainer(cfg, run.dir)
         data.trainer = trainer
@@ -94,7 +96,7 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
         with mistakes():
             data = build_data(own)
             task = build_task(own)
-            load_weights(task, directory, own.checkpoint)
+            from_run(task, directory, checkpoint=own.checkpoint, form=own.to)
             trainer = make(own, "trainer")(callbacks=[], run_dir=target)
         metrics: dict[str, float] = {}
         for evaluation in (trainer.validate, trainer.test):
@@ -167,19 +169,6 @@ def finish_loggers(loggers: list[Logger]) -> None:
 def build_trainer(cfg: DictConfig, directory: Path) -> Trainer:
     callbacks = make(cfg, "callbacks") or {}
     return make(cfg, "trainer")(callbacks=list(callbacks.values()), run_dir=directory)
-
-
-def load_weights(task: Task, directory: Path, which: str) -> None:
-    """Puts a run's weights into a task; UserError where there are none or they are another model's."""
-    path = directory / "checkpoints" / f"{which}.ckpt"
-    if not path.is_file():
-        raise UserError(f"{str(directory)!r} has no {which}.ckpt: the run ended before its first checkpoint")
-    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    try:
-        task.load_state_dict(state)
-    except RuntimeError as error:
-        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
-        raise UserError(f"the weights in {str(path)!r} are of another model: {first}") from None
 
 
 def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:

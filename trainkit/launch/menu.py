@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from trainkit.launch.definition import docstring
 from trainkit.launch.sources import CONF, Folders, Source, default_groups
+from trainkit.launch.suggest import OURS
 
 WIDTH = 100
 USAGE = """\
@@ -100,7 +101,7 @@ def _group_lines(bold: bool) -> Iterator[str]:
 def _key_lines(bold: bool) -> Iterator[str]:
     """The keys at the top of conf/config.yaml with their comments."""
     source = Source("", CONF / "config.yaml")
-    keys = [key for key in source.data if key not in ("defaults", "hydra", "requires")]
+    keys = [key for key in source.data if key not in ("defaults", "hydra", *OURS)]
     width = max(len(key) for key in keys)
     yield ""
     yield f"{_strong('Keys', bold)} (every key of every option: python run.py --cfg job)"

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "preflight"]
 
-MODES = ("train", "eval")
-FROM_RUN = ("eval",)  # these take the configuration of an earlier run, named by resume=
+MODES = ("train", "eval", "convert")
+FROM_RUN = ("eval", "convert")  # these take the configuration of an earlier run, named by resume=
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep")
 
 

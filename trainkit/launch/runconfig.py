@@ -90,10 +90,15 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def continues(cfg: DictConfig, directory: Path) -> None:
     """Takes over what the run learnt from its data, and refuses to continue it as another model or task."""
     before = load_config(directory / "config.yaml")
+    if before.get("mode", "train") != "train":
+        raise UserError(
+            f"resume continues training; {str(directory)!r} holds a converted model without a training state",
+            f"start another run from its weights: init_from={directory} to={before.to}",
+        )
     for name in FACTS:
         if name in cfg.data and before.data.get(name) is not None:
             OmegaConf.update(cfg, f"data.{name}", before.data[name])
-    for group in ("model", "norm", "norm_layer", "seed"):
+    for group in ("model", "norm", "norm_layer", "seed", "to"):
         now, then = (OmegaConf.select(c, group) for c in (cfg, before))
         pairs = _differences(now, then, group)
         if pairs:

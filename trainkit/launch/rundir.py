@@ -45,18 +45,21 @@ def is_run(path: Path) -> bool:
     return (path / "result.json").is_file() and (path / "config.yaml").is_file()
 
 
-def find(resume: str, log_dir: str | Path, name: str | None = None) -> Path:
-    """The run that `resume` means: a run directory, or `last`, the one started last below log_dir (or below name)."""
+def find(resume: str, log_dir: str | Path, name: str | None = None, *, key: str = "resume") -> Path:
+    """The run that `resume` means: a run directory, or `last`, the one started last below log_dir (or below name).
+
+    Raises UserError where there is none; `key` is the one that asks.
+    """
     if resume == "last":
         root = Path(log_dir) / name if name else Path(log_dir)
-        runs = [p.parent for p in root.rglob("result.json") if is_run(p.parent) and p.parent.parent.name != "eval"]
+        runs = [p.parent for p in root.rglob("result.json") if is_run(p.parent) and p.parent.parent.name not in ("eval", "convert")]
         if not runs:
-            raise UserError(f"resume=last: there is no run below {str(root)!r}. Give a directory: resume=DIR")
+            raise UserError(f"{key}=last: there is no run below {str(root)!r}. Give a directory: {key}=DIR")
         return max(runs, key=lambda run: read_json(run / "result.json").get("started", 0))
     path = Path(resume).expanduser()
     if not is_run(path):
         what = "does not exist" if not path.exists() else "is no run directory: it lacks result.json or config.yaml"
-        raise UserError(f"resume={resume}: {what}. Runs are below {str(log_dir)!r}; resume=last takes the newest")
+        raise UserError(f"{key}={resume}: {what}. Runs are below {str(log_dir)!r}; {key}=last takes the newest")
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from trainkit.launch.composition import Composition, options_with, select, walk
 from trainkit.launch.explain import listed, nearest
 
-OURS = ("choices", "requires")  # written by the choices, not by people
+OURS = ("choices", "requires", "prefers")  # written by the choices, not by people
 
 
 def unknown(typed: str, key: str, job: Composition, raw: dict[str, Any]) -> list[str]:

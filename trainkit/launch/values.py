@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch.annotation import fits
-from trainkit.launch.composition import Composition, select, walk
+from trainkit.launch.composition import Composition, exists, leaves, select, walk
 from trainkit.launch.explain import UserError, did_you_mean, shown
 from trainkit.launch.sources import CONF, Source
 from trainkit.launch.suggest import OURS, similar, unknown
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a node"}
-TEXTS = ("name", "resume", "init_from")  # keys of conf/config.yaml that are null by default
+TEXTS = ("name", "resume", "init_from", "to")  # keys of conf/config.yaml that are null by default
 
 
 def check_value(word: Override, job: Composition) -> None:
@@ -29,18 +28,10 @@ def check_value(word: Override, job: Composition) -> None:
     elif word.is_add():
         _check_add(typed, key, raw, job)
     elif not word.is_force_add():
-        for inner, value in _leaves(key, word.value()):
+        for inner, value in leaves(word.value(), key):
             if not exists(raw, inner):
                 raise UserError(*unknown(typed, inner, job, raw))
             _check_type(typed, inner, value, raw)
-
-
-def exists(raw: dict[str, Any], key: str) -> bool:
-    parent, _, name = key.rpartition(".")
-    node = select(raw, parent)
-    if isinstance(node, list):
-        return name.isdigit() and int(name) < len(node)
-    return isinstance(node, dict) and name in node
 
 
 def _check_delete(typed: str, key: str, job: Composition, raw: dict[str, Any]) -> None:
@@ -56,15 +47,6 @@ def _check_add(typed: str, key: str, raw: dict[str, Any], job: Composition) -> N
     meant = similar(key, raw)
     if "." not in key and meant.endswith(f".{key}"):
         raise UserError(f"{typed} adds a key that nothing reads; did you mean '{meant}'?")
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A dict on the command line sets several keys: {lr: 1} below optimizer is optimizer.lr."""
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _leaves(f"{key}.{name}", inner)
 
 
 def _check_type(typed: str, key: str, value: Any, raw: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class WandB(WandbLogger):
         }
         self.resumed = resumed
         self._timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
-        self._broken = False
+        self._closed = False
 
     @property
     @rank_zero_experiment
@@ -70,21 +70,22 @@ class WandB(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if not self._broken:
+        if not self._closed:
             self._attempt("log", lambda: super(WandB, self).log_metrics(metrics, step))
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
-        """Ends the W&B run as finished (0) or failed (anything else). Nothing can be logged afterwards."""
-        if self._experiment is not None and not self._broken:
+        """Ends the W&B run as finished (0) or failed (anything else); what is logged afterwards is dropped."""
+        if self._experiment is not None and not self._closed:
             run = self._experiment
             self._attempt("finish", lambda: run.finish(exit_code=exit_code))
+        self._closed = True
 
     def _attempt(self, what: str, act: Callable[[], Any]) -> None:
         try:
             act()
         except Exception as error:  # whatever W&B raises must not end a training run
-            self._broken = True
+            self._closed = True
             log.warning("W&B could not %s (%s); the run goes on, metrics.jsonl has every number", what, _brief(error))
 
     def _start(self) -> None:
@@ -105,16 +106,23 @@ class WandB(WandbLogger):
 
     def _mode(self) -> str:
         """online, offline or disabled: what is asked for, as far as it needs no question."""
-        import wandb
         from wandb.sdk.lib.wbauth import read_netrc_auth
 
-        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        settings = self._settings()
         if settings.mode in ("offline", "dryrun"):
             return "offline"
         if settings.mode == "disabled":
             return "disabled"
         known = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
         return "online" if known else "offline"
+
+    def _settings(self) -> Any:
+        """W&B's settings from the environment and its files, after silencing it."""
+        import wandb
+        from wandb.sdk import wandb_setup
+
+        # wandb.setup() would start the service here, and W&B 0.31 hangs for good where that fails.
+        return wandb_setup._setup(settings=wandb.Settings(silent=True), start_service=False).settings
 
     def _init(self, mode: str) -> Any:
         import wandb
@@ -126,7 +134,7 @@ class WandB(WandbLogger):
         return wandb.init(mode=mode, resume=resume, settings=settings, **self._options)
 
     def _fragments(self) -> set[Path]:
-        return set(Path(self._options["dir"], "wandb").glob(f"run-*-{self._options['id']}"))
+        return set(Path(self._options["dir"], "wandb").glob(f"run-*-{self._options['id']}*"))
 
     def _forget(self, before: set[Path]) -> None:
         """Undoes a failed online start: its process still holds the id, its folder would look like a crashed run."""
@@ -135,7 +143,7 @@ class WandB(WandbLogger):
         wandb.teardown()
         for fragment in self._fragments() - before:
             shutil.rmtree(fragment, ignore_errors=True)
-        wandb.setup(settings=wandb.Settings(silent=True))
+        self._settings()
 
 
 def _brief(error: Exception) -> str:

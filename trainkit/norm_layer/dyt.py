@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainkit.norm_layer.rowwise import RowNorm
+from trainkit.norm_layer.rowwise import RowNorm, over_rows
 
 
 class DynamicTanh(RowNorm):
@@ -29,7 +29,7 @@ class DynamicTanh(RowNorm):
     ) -> tuple[Tensor, ...]:
         t = (alpha * x).tanh_()
         gt = gy * t
-        ggain = gt.sum(0)
+        ggain = over_rows(gt)
         g = torch.addcmul(gy, gt, t, value=-1).mul_(gain)  # gy · gain · (1 - t²)
         galpha = torch.dot(g.flatten(), x.flatten()).view(1)
-        return g.mul_(alpha), galpha, ggain, *([] if bias is None else [gy.sum(0)])
+        return g.mul_(alpha), galpha, ggain, *([] if bias is None else [over_rows(gy)])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainkit.norm_layer.rowwise import RowNorm
+from trainkit.norm_layer.rowwise import RowNorm, over_rows
 
 
 class L1Norm(RowNorm):
@@ -21,17 +21,18 @@ class L1Norm(RowNorm):
         self.constant = constant
         self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
-    def deviation(self, c: Tensor) -> Tensor:
-        return self.constant * c.abs().mean(-1, keepdim=True) + self.eps
+    def scale(self, c: Tensor) -> Tensor:
+        return (self.constant * c.abs().mean(-1, keepdim=True) + self.eps).reciprocal()
 
     def formula(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         c = x - x.mean(-1, keepdim=True)
-        return c / self.deviation(c) * gain + bias
+        return torch.addcmul(bias, c * self.scale(c), gain)
 
     def gradient(self, x: Tensor, gy: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         c = x - x.mean(-1, keepdim=True)
-        s = self.deviation(c)
+        r = self.scale(c)
         p = gy * c
-        slope = (p @ gain).unsqueeze(-1) * (self.constant / self.width) / s
-        gc = (gy * gain).addcmul_(c.sign(), slope, value=-1).div_(s)
-        return gc.sub_(gc.mean(-1, keepdim=True)), p.div_(s).sum(0), gy.sum(0)
+        slope = (p @ gain).unsqueeze(-1) * r * (self.constant / self.width)
+        s, g = c.sign(), gy * gain
+        shift = g.mean(-1, keepdim=True) - slope * s.mean(-1, keepdim=True)
+        return g.addcmul_(s, slope, value=-1).sub_(shift).mul_(r), over_rows(p.mul_(r)), over_rows(gy)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainkit.norm_layer.rowwise import RowNorm, mean_square, rms_gradient
+from trainkit.norm_layer.rowwise import RowNorm, mean_square, over_rows, rms_gradient
 
 
 class PreAffineRMSNorm(RowNorm):
@@ -24,4 +24,4 @@ class PreAffineRMSNorm(RowNorm):
     def gradient(self, x: Tensor, gy: Tensor, gain: Tensor, pre_gain: Tensor) -> tuple[Tensor, ...]:
         z = x * pre_gain
         gz, ggain = rms_gradient(z, gy, (mean_square(z) + self.eps).rsqrt(), gain)
-        return gz * pre_gain, ggain, (gz * x).sum(0)
+        return gz * pre_gain, ggain, over_rows(gz * x)

@@ -53,8 +53,7 @@ class RowNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = [p for p in self._parameters.values() if p is not None]
-        run = fusible if torch.compiler.is_compiling() else Recomputed.apply
-        return run(self, self.rows(x), *parameters).movedim(-1, self.axis)
+        return Recomputed.apply(self, self.rows(x), *parameters).movedim(-1, self.axis)
 
     def extra_repr(self) -> str:
         axis = {} if self.axis == -1 else {"axis": self.axis}
@@ -80,7 +79,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy: Tensor):  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated in turn
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient will be differentiated in turn
             needed = ctx.needs_input_grad[1:]
             wanted = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
             found = iter(torch.autograd.grad(whole(ctx.norm, x, *parameters), wanted, gy, create_graph=True))
@@ -109,26 +108,13 @@ def whole(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
         return norm.formula(x.to(dtype), *(p.to(dtype) for p in parameters)).to(x.dtype)
 
 
-def fusible(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
-    """`whole`, with vectors repeated per GROUP rows, so that their gradients are summed in two stages.
-
-    For a processor the compiler sums a gradient over all rows in one go, channel by channel, which misses the cache
-    at every step.
-    """
-    count = x.numel() // norm.width
-    if x.device.type != "cpu" or count % GROUP or not x.is_contiguous():
-        return whole(norm, x, *parameters)
-    repeated = [p.expand(count // GROUP, 1, -1) if p.dim() == 1 else p for p in parameters]
-    return whole(norm, x.view(-1, GROUP, norm.width), *repeated).view(x.shape)
-
-
 def blocks(x: Tensor) -> tuple[Tensor, ...]:
     """(…, width) as matrices of rows, on a processor as many as keep the steps of a formula in its caches.
 
     Several threads wait for the slowest of them at every step, so they get far fewer and larger ones.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return (rows,)
     size = BLOCK if torch.get_num_threads() == 1 else 16 * BLOCK
     return rows.split(max(1, size // x.shape[-1]))
@@ -168,8 +154,18 @@ def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -
     gx = r (g - xh mean(g xh)), g = gain · gy, xh = r x. That is LayerNorm's gradient at mean 0, but for its term
     -r mean(g): so torch's kernel does in one pass what would take six.
     """
+    if torch.compiler.is_compiling():
+        xh, g = x * r, gy if gain is None else gy * gain
+        return (g - xh * (g * xh).mean(-1, keepdim=True)) * r, over_rows(gy * xh)
     needed = [True, gain is not None, False]
     zero = torch.zeros_like(r)
     gx, ggain, _ = torch.ops.aten.native_layer_norm_backward(gy, x, x.shape[-1:], zero, r, gain, None, needed)
     mean = gy.mean(-1, keepdim=True) if gain is None else (gy @ gain).unsqueeze(-1) / x.shape[-1]
     return gx.add_(r * mean), ggain
+
+
+def over_rows(x: Tensor) -> Tensor:
+    """The sum of the rows of a matrix."""
+    if x.device.type != "cpu" or not torch.compiler.is_compiling() or len(x) % GROUP:
+        return x.sum(0)
+    return x.unflatten(0, (-1, GROUP)).sum(1).sum(0)

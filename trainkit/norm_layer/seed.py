@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainkit.norm_layer.rowwise import RowNorm, mean_square, rms_gradient
+from trainkit.norm_layer.rowwise import RowNorm, mean_square, over_rows, rms_gradient
 
 
 class SeeDNorm(RowNorm):
@@ -39,11 +39,11 @@ class SeeDNorm(RowNorm):
         r = (mean_square(x) + self.eps).rsqrt()
         gfactor = (x * r).mul_(gy)
         gz = self.sliced(gfactor * alpha).sum(-1, keepdim=True) * (1 - s.square())  # of the product <x, beta>
-        galpha = (self.sliced(gfactor) * s).sum(0).flatten()
-        gbeta = (self.sliced(x) * gz).sum(0).flatten()
+        galpha = over_rows(self.sliced(gfactor) * s).flatten()
+        gbeta = over_rows(self.sliced(x) * gz).flatten()
         gx, _ = rms_gradient(x, factor.mul_(gy), r)
         self.sliced(gx).addcmul_(gz, self.sliced(beta))
-        return gx, gfactor.sum(0), galpha, gbeta
+        return gx, over_rows(gfactor), galpha, gbeta
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"

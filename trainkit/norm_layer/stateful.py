@@ -126,9 +126,8 @@ class Stateful(nn.Module):
             return
         self.update(self.sums / self.weight_sum, (self.weight_sum > 0).squeeze())
         if len(self.gradient_sums):
-            self.update_gradient(
-                self.gradient_sums / self.gradient_weight_sum, (self.gradient_weight_sum > 0).squeeze()
-            )
+            seen = (self.gradient_weight_sum > 0).squeeze()
+            self.update_gradient(self.gradient_sums / self.gradient_weight_sum, seen)
         for pending in (self.sums, self.weight_sum, self.gradient_sums, self.gradient_weight_sum):
             pending.zero_()
 

@@ -36,7 +36,12 @@ def loss(rows: list[Row], folder: Path, title: str) -> Path:
         axes.plot(steps, values, "-o", color=ORANGE, lw=2.5, ms=7, mec="white", label="validation")
         if values:
             axes.annotate(
-                f"{values[-1]:.3f}", (steps[-1], values[-1]), (0, 10), textcoords="offset points", ha="center", color=ORANGE
+                f"{values[-1]:.3f}",
+                (steps[-1], values[-1]),
+                (0, 10),
+                textcoords="offset points",
+                ha="center",
+                color=ORANGE,
             )
         axes.set(xlabel="optimizer step", ylabel="loss (nats)")
         axes.grid(axis="y")

@@ -48,7 +48,9 @@ def collect(rows: list[Row]) -> Layers | None:
     if not labels:
         return None
     parts = {label: LABEL.match(label).group("block", "site") for label in labels}  # type: ignore[union-attr]
-    blocks = sorted({block for block, _ in parts.values()}, key=lambda block: [int(n) for n in re.findall(r"\d+", block)])
+    blocks = sorted(
+        {block for block, _ in parts.values()}, key=lambda block: [int(n) for n in re.findall(r"\d+", block)]
+    )
     sites = sorted({site for _, site in parts.values()}, key=lambda site: (site in ("norm", "residual"), site))
     values = {site: np.full((len(blocks), len(rows)), math.nan) for site in sites}
     for label, (block, site) in parts.items():
