@@ -68,8 +68,8 @@ class Guard(Callback):
         if not bad and layer is None:
             return
         message = (
-            f"the loss is {value:g} at step {step}; {_where(task, layer, noticed=kept[-1][0])}. Try a lower optimizer.lr, "
-            "a longer schedule.warmup or gradient=clip; callbacks.guard.on_non_finite=warn goes on all the same"
+            f"the loss is {value:g} at step {step}; {_where(task, layer, noticed=kept[-1][0])}. Try a lower "
+            "optimizer.lr, a longer schedule.warmup or gradient=clip; callbacks.guard.on_non_finite=warn goes on"
         )
         if self.on_non_finite == "stop":
             raise NonFiniteLoss(message)

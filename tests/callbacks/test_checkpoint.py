@@ -94,7 +94,7 @@ def test_a_longer_run_can_be_continued_from_a_finished_one(tmp_path):
 
 
 def test_best_is_the_step_with_the_lowest_validation_loss(tmp_path):
-    _, task = fit(tmp_path, [LastAndBest()], task=Toy(lr=0.3))  # a rate at which the loss goes up again
+    fit(tmp_path, [LastAndBest()], task=Toy(lr=0.3))  # a rate at which the loss goes up again
     losses = {row["step"]: row["val/loss"] for row in rows(tmp_path, "val/loss")}
     best = min(losses, key=losses.__getitem__)
     assert load(tmp_path, "best")["global_step"] == best != 12

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -95,11 +96,9 @@ def test_one_step_or_none_or_no_norms(tmp_path):
 
 
 def test_other_sites_other_names_and_blocks_that_lack_one(tmp_path):
-    rows = [
-        {"step": s, "grad_norm/stages.0.blocks.0.conv": 1.0 * s, "grad_norm/stages.0.blocks.0.norm": 0.1,
-         "grad_norm/stages.1.blocks.0.conv": 2.0 * s, "grad_norm/stages.1.blocks.10.shortcut": 3.0, "grad_norm/head": 1.0}
-        for s in (1, 10, 20)
-    ]  # fmt: skip
+    norms = {"stages.0.blocks.0.conv": 1.0, "stages.0.blocks.0.norm": 0.1, "stages.1.blocks.0.conv": 2.0}
+    norms |= {"stages.1.blocks.10.shortcut": 3.0, "head": 1.0}
+    rows = [{"step": s} | {f"grad_norm/{name}": value for name, value in norms.items()} for s in (1, 10, 20)]
     found = layers.collect(rows)
     assert found is not None
     assert found.names() == ["0.0", "1.0", "1.10"]
@@ -120,7 +119,7 @@ def test_a_long_run_is_drawn_in_bins_that_keep_its_spikes():
     assert drawn.shape == (2, layers.COLUMNS)
     assert drawn.max() == 1e6
     assert len(edges) == layers.COLUMNS + 1
-    assert all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    assert all(a < b for a, b in pairwise(edges))
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):

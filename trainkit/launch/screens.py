@@ -28,6 +28,8 @@ def opening(cfg: DictConfig, run: Run, parameters: str) -> Tree:
         node = settings.get(group)
         if group not in OWN and option is not None:
             tree.add(f"[bold]{group}[/]: {option}{_inline(node)}")
+    if cfg.get("to"):
+        tree.add(f"[bold]to[/]: {cfg.to}")
     tree.add(f"[bold]parameters[/]: {parameters}")
     return tree
 
@@ -54,7 +56,9 @@ def summary(cfg: DictConfig, run: Run, metrics: dict[str, float]) -> Table:
             table.add_row(name, f"{metrics[name]:.4f}")
     baseline = cfg.data.get("unigram_entropy")
     if baseline is not None and "val/loss" in metrics:
-        table.add_row("below unigram entropy", f"{baseline - metrics['val/loss']:.4f} nats/token of {baseline:.4f}")
+        gain = baseline - metrics["val/loss"]
+        side = "below" if gain >= 0 else "above"
+        table.add_row("val/loss lies", f"{abs(gain):.4f} nats/token {side} the unigram entropy, {baseline:.4f}")
     for figure in run.result.get("figures", []):
         table.add_row("figure", str(run.dir / figure))
     table.add_row("numbers", str(run.dir / "metrics.jsonl"))

@@ -157,7 +157,12 @@ def _check_keyword(key: str, value: Any, node: dict[str, Any], takes: Signature,
     if value is None and (read or (node.get("_partial_") and wanted.required)):
         return  # filled later: after reading the data, or by the caller of the factory
     if fits(wanted, value) is False:
-        raise UserError(f"{key}={shown(value)}{job.where(key)}: {name} wants {written(wanted)}{_advice(wanted, value)}")
+        raise UserError(wrong_type(key, job.where(key), wanted, value))
+
+
+def wrong_type(key: str, where: str, wanted: Parameter, value: Any) -> str:
+    """The sentence about a value that does not fit its parameter's annotation."""
+    return f"{key}={shown(value)}{where}: {wanted.name} wants {written(wanted)}{_advice(wanted, value)}"
 
 
 def _advice(wanted: Parameter, value: Any) -> str:

@@ -9,7 +9,7 @@ from trainkit.launch.composition import Composition, exists, leaves, select, wal
 from trainkit.launch.explain import UserError, did_you_mean, shown
 from trainkit.launch.sources import CONF, Source
 from trainkit.launch.suggest import OURS, similar, unknown
-from trainkit.launch.targets import parameter
+from trainkit.launch.targets import parameter, wrong_type
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -57,9 +57,10 @@ def _check_type(typed: str, key: str, value: Any, raw: dict[str, Any]) -> None:
         _check_built(typed, key, value, default[2:-1], raw)
         return
     annotated = parameter(raw, key)
-    if annotated and fits(annotated, value) is not None:
-        return  # decided by the annotation, once the configuration is complete
-    if not _alike(default, value, strict=not _beside_target(key, raw)):
+    verdict = fits(annotated, value) if annotated else None
+    if annotated and verdict is False:
+        raise UserError(wrong_type(key, " (command line)", annotated, value))
+    if verdict is None and not _alike(default, value, strict=not _beside_target(key, raw)):
         raise UserError(
             f"{typed}: {key} wants {KINDS[type(default)]} such as {shown(default)}, not {KINDS[type(value)]}",
             f"quoted it is a text: {key}=\\'{shown(value)}\\'" if isinstance(default, str) and _scalar(value) else "",

@@ -6,13 +6,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit.launch.console import log
+
+Mode = Literal["online", "offline", "disabled"]
 
 
 class WandB(WandbLogger):
@@ -53,7 +55,7 @@ class WandB(WandbLogger):
             "config": config | {"run_dir": str(run_dir)},
         }
         self.resumed = resumed
-        self._timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+        self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         self._closed = False
 
     @property
@@ -104,7 +106,7 @@ class WandB(WandbLogger):
         self._experiment.define_metric("trainer/global_step")
         self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
-    def _mode(self) -> str:
+    def _mode(self) -> Mode:
         """online, offline or disabled: what is asked for, as far as it needs no question."""
         from wandb.sdk.lib.wbauth import read_netrc_auth
 
@@ -124,11 +126,16 @@ class WandB(WandbLogger):
         # wandb.setup() would start the service here, and W&B 0.31 hangs for good where that fails.
         return wandb_setup._setup(settings=wandb.Settings(silent=True), start_service=False).settings
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Mode) -> Any:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, console="off", reinit="create_new", finish_timeout_raises=True, **self._timeouts
+            silent=True,
+            console="off",
+            reinit="create_new",
+            init_timeout=self.init_timeout,
+            finish_timeout=self.finish_timeout,
+            finish_timeout_raises=True,
         )
         resume = "allow" if self.resumed and mode == "online" else None
         return wandb.init(mode=mode, resume=resume, settings=settings, **self._options)

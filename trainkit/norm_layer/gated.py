@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainkit.norm_layer.rowwise import RowNorm, mean_square, rms_gradient
 
@@ -42,6 +43,11 @@ class GatedNorm(RowNorm):
         gz = gate.mul_(gy).addmm_(ghidden, down.T)
         gx, ggain = rms_gradient(x, gz, r, gain)
         return gx, ggain, z.T @ ghidden, active.T @ glogit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which else stores the matrix products, several times the size of x
+            return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
+        return super().forward(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -114,7 +114,7 @@ class UnifiedNorm(Stateful):
         slot = (torch.arange(size, device=s.device) == i % size).unsqueeze(1)
         filled = torch.where(slot, s, squares)
         outlier = torch.zeros_like(i, dtype=torch.bool)
-        if self.filtration:
+        if self.filtration and size > 1:  # of one entry both means are the same, up to rounding
             excess = filled.mean(0) - geometric_mean(filled)
             outlier = (i >= self.warmup) & (excess > size * squares.sqrt().var()).any()
             filled = torch.where(slot & outlier, running, filled)

@@ -45,15 +45,15 @@ class Canvas:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        self._style = matplotlib.rc_context(STYLE)
+        self._style = matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
         self._style.__enter__()
-        self.figure: Figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        self.figure: Figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.09))
         FigureCanvasAgg(self.figure)
         # Left-aligned with the axes' labels; a blank line in the title makes the room that the second line needs.
         self.figure.suptitle(f"{heading}\n", x=0.008, ha="left", va="top", size=19, weight="bold", linespacing=1.2)
         self.figure.text(0.008, 1 - 0.45 / height, title, ha="left", va="top", size=14, color=GREY)
-        self.figure.get_layout_engine().set(w_pad=0.09)
         self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, **subplots)[0])
 
     def __enter__(self) -> Canvas:
@@ -85,7 +85,7 @@ def whole_ticks(axis: Any, most: int = 8) -> None:
 
 
 def log_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis: powers of ten over a wide range, over a narrow one plain numbers between them too."""
+    """Ticks of a logarithmic axis: powers of ten over a wide range, numbers between them too over a narrow one."""
     from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
 
     decades = log10(high / low)

@@ -163,3 +163,8 @@ class Task(LightningModule):
         # A checkpoint must never be ahead of the log: what it covers is on disk before it is.
         if self.due:
             self.flush()
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In at least float32: half precision is too coarse for a sum of exponentials."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from trainkit.task.base import Task
+from trainkit.task.base import Task, wide
 
 
 class Classification(Task):
@@ -28,11 +28,11 @@ class Classification(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(wide(model(images)), labels, label_smoothing=self.label_smoothing)
 
     def evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        logits = self.model(images).float()
+        logits = wide(self.model(images))
         self.evaluation[f"{stage}_loss"].update(F.cross_entropy(logits, labels), weight=labels.numel())
         self.evaluation[f"{stage}_accuracy"].update((logits.argmax(-1) == labels).float())
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from trainkit.task.base import Task
+from trainkit.task.base import Task, wide
 
 
 class LanguageModeling(Task):
@@ -30,7 +30,7 @@ class LanguageModeling(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
-        return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(wide(model(inputs)).flatten(0, 1), targets.flatten())
 
     def on_fit_start(self) -> None:
         leaking = sorted({type(m).__name__ for m in self.model.modules() if getattr(m, "leaks", False)})
