@@ -16,8 +16,8 @@ from trainkit.report.metrics_file import read
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "model.depth=2", "model.width=16", "model.heads=2", "model.context=16",
-    "data.batch_size=4", "data.val_batches=1", "data.test_batches=1", "trainer.log_every_n_steps=2", "trainer.threads=1",
+    "model.depth=2", "model.width=16", "model.heads=2", "model.context=16", "data.batch_size=4",
+    "data.val_batches=1", "data.test_batches=1", "trainer.log_every_n_steps=2", "trainer.threads=1",
 ]  # fmt: skip
 
 

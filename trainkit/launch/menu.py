@@ -52,9 +52,10 @@ def _entry(group: str, option: str, folders: Folders) -> Entry:
     source = Source(f"{group}={option}", path, group)
     target = _own_target(source, group)
     module, own = docstring(target) if target else ("", "")
-    ours = target.startswith(("trainkit.", "callbacks."))
-    line = _first(module if ours else own) or _first(own) or _header(source) or target
-    arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", f"{module}\n{own}" if ours else "")
+    ours = target.startswith("trainkit.") and not target.startswith("trainkit.launch.")
+    # A plugin speaks for itself; what many files share, or is another library's, is told apart by the file's header.
+    line = (_first(module) if ours else _header(source)) or _first(own) or _header(source) or target
+    arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", f"{module}\n{own}" if ours else _header(source))
     return Entry(group, option, line, arxiv[1] if arxiv else None)
 
 

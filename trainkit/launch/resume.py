@@ -5,8 +5,9 @@ from __future__ import annotations
 from trainkit.launch import rundir
 from trainkit.launch.preflight import Plan, check
 
-# `plugins` counts only when it is typed: a run directory from elsewhere must not widen what may be executed.
-TYPED_ONLY = ("plugins", "resume", "mode", "paths.run_dir", "init_from")
+# `plugins` and folders that may set it count only when they are typed: a run directory from elsewhere must not widen
+# what may be executed.
+TYPED_ONLY = ("plugins", "hydra.searchpath", "resume", "mode", "paths.run_dir", "init_from")
 
 
 def recorded(plan: Plan) -> Plan:

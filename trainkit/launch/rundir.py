@@ -52,7 +52,8 @@ def find(resume: str, log_dir: str | Path, name: str | None = None, *, key: str 
     """
     if resume == "last":
         root = Path(log_dir) / name if name else Path(log_dir)
-        runs = [p.parent for p in root.rglob("result.json") if is_run(p.parent) and p.parent.parent.name not in ("eval", "convert")]
+        found = (path.parent for path in root.rglob("result.json") if is_run(path.parent))
+        runs = [run for run in found if run.parent.name not in ("eval", "convert")]
         if not runs:
             raise UserError(f"{key}=last: there is no run below {str(root)!r}. Give a directory: {key}=DIR")
         return max(runs, key=lambda run: read_json(run / "result.json").get("started", 0))

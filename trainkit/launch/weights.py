@@ -41,7 +41,9 @@ def from_run(task: Task, directory: Path, *, checkpoint: str, form: str | None) 
     """
     stored = load_config(directory / "config.yaml").get("to")
     if stored not in (None, form):
-        raise UserError(f"the model in {str(directory)!r} has the form {stored}, which cannot be undone: add to={stored}")
+        raise UserError(
+            f"the model in {str(directory)!r} has the form {stored}, which cannot be undone: add to={stored}"
+        )
     give_form(task, stored)
     load_weights(task, directory, checkpoint)
     if stored is None:

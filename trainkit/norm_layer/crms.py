@@ -16,6 +16,9 @@ class CRMSNorm(RowNorm):
     def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-5):
         super().__init__(width, axis=axis, eps=eps)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x)
+
     def scale(self, x: Tensor, total: Tensor) -> Tensor:
         return ((self.width * mean_square(x) + total.square()) / (self.width + 1) + self.eps).rsqrt()
 

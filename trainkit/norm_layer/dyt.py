@@ -20,6 +20,9 @@ class DynamicTanh(RowNorm):
         self.gain = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x, self.alpha, self.gain, self.bias)
+
     def formula(self, x: Tensor, alpha: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
         t = (alpha * x).tanh()
         return t * gain if bias is None else torch.addcmul(bias, t, gain)

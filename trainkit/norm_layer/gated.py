@@ -26,6 +26,12 @@ class GatedNorm(RowNorm):
         self.down = nn.Parameter(torch.randn(width, rank) / width**0.5)
         self.up = nn.Parameter(torch.zeros(rank, width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = self.gain, self.down, self.up
+        if torch.compiler.is_compiling():  # compilers store the results of matrix products, several times the size of x
+            return checkpoint(self.by_rows, x, *parameters, use_reentrant=False, preserve_rng_state=False)
+        return self.by_rows(x, *parameters)
+
     def formula(self, x: Tensor, gain: Tensor, down: Tensor, up: Tensor) -> Tensor:
         z = x * (mean_square(x) + self.eps).rsqrt() * gain
         hidden = z @ down
@@ -40,14 +46,8 @@ class GatedNorm(RowNorm):
         gate = (active @ up).sigmoid_()
         glogit = (gy * z).mul_(torch.addcmul(gate, gate, gate, value=-1))  # sigmoid' = gate - gate²
         ghidden = (glogit @ up.T) * (slope + active * (1 - slope))
-        gz = gate.mul_(gy).addmm_(ghidden, down.T)
-        gx, ggain = rms_gradient(x, gz, r, gain)
+        gx, ggain = rms_gradient(x, gate.mul_(gy).addmm_(ghidden, down.T), r, gain)
         return gx, ggain, z.T @ ghidden, active.T @ glogit
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which else stores the matrix products, several times the size of x
-            return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
-        return super().forward(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -21,6 +21,9 @@ class L1Norm(RowNorm):
         self.constant = constant
         self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x, self.gain, self.bias)
+
     def scale(self, c: Tensor) -> Tensor:
         return (self.constant * c.abs().mean(-1, keepdim=True) + self.eps).reciprocal()
 

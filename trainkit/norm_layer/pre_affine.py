@@ -17,6 +17,9 @@ class PreAffineRMSNorm(RowNorm):
         super().__init__(width, axis=axis, eps=eps)
         self.gain, self.pre_gain = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x, self.gain, self.pre_gain)
+
     def formula(self, x: Tensor, gain: Tensor, pre_gain: Tensor) -> Tensor:
         z = x * pre_gain
         return z * (mean_square(z) + self.eps).rsqrt() * gain

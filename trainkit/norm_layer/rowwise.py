@@ -1,8 +1,8 @@
 """What norm layers share that treat every row, the channels of one position, on its own.
 
-A layer says its formula and its gradient on a matrix of rows; here is how they are run. Eager mode keeps only the
-input for the backward, which computes the rest again: cheaper than storing it and fetching it back. Under
-torch.compile the formula is left to the compiler to fuse.
+A layer says its formula and its gradient on a matrix of rows; here is how they are run: in blocks that stay in the
+processor's caches, keeping only the input for the backward, which computes the rest again. Compilers get both in one
+piece, to fuse.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 2**19  # numbers that one thread works on at a time: in float32 2 MiB, which the caches hold
-GROUP = 32  # rows whose parameter gradients compiled code adds up first
+GROUP = 32  # rows that compiled code adds up first
 
 
 class RowNorm(nn.Module):
     """x, with `width` channels on `axis` -> same shape and dtype; y at a position depends on x there alone.
 
-    A layer provides `formula` and `gradient`. Both see x as (…, width) in float32, or float64 where x is (half
-    precision overflows at 256²), and its own parameters in the same dtype, in the order of their definition. NaN goes
-    through. Derivatives of the gradient are those of `formula`. Raises ValueError on a width below 1, a negative eps
-    and an input with another number of channels.
+    A layer provides `formula` and `gradient`, and calls `by_rows`. Both see x as (rows, width) in float32, or float64
+    where x is (half precision overflows at 256²), and the parameters in the same dtype. NaN goes through. Second
+    derivatives are those of `formula`, in eager mode. Raises ValueError on a width below 1, a negative eps and an
+    input with another number of channels.
     """
 
     def __init__(self, width: int, *, axis: int = -1, eps: float = 0.0):
@@ -35,11 +35,11 @@ class RowNorm(nn.Module):
         self.width, self.axis, self.eps = width, axis, eps
 
     def formula(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        """y, by operations that autograd can differentiate; parameters may have axes of size one before the last."""
+        """y, by operations that autograd can differentiate."""
         raise NotImplementedError
 
     def gradient(self, x: Tensor, gy: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Gradients with respect to x, (rows, width), and to each parameter; gy: the one with respect to y."""
+        """The gradients with respect to x and each parameter, from gy, the one with respect to y; keeps x and gy."""
         raise NotImplementedError
 
     def rows(self, x: Tensor) -> Tensor:
@@ -51,9 +51,10 @@ class RowNorm(nn.Module):
             )
         return x.movedim(self.axis, -1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parameters = [p for p in self._parameters.values() if p is not None]
-        return Recomputed.apply(self, self.rows(x), *parameters).movedim(-1, self.axis)
+    def by_rows(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """y, by `formula`; for a layer's forward, with its parameters (None: left out)."""
+        given = [p for p in parameters if p is not None]
+        return Recomputed.apply(self, self.rows(x), *given).movedim(-1, self.axis)
 
     def extra_repr(self) -> str:
         axis = {} if self.axis == -1 else {"axis": self.axis}
@@ -79,7 +80,8 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy: Tensor):  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient will be differentiated in turn
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the gradient will be differentiated in turn, which that of the layer need not allow.
             needed = ctx.needs_input_grad[1:]
             wanted = [t for t, need in zip((x, *parameters), needed, strict=True) if need]
             found = iter(torch.autograd.grad(whole(ctx.norm, x, *parameters), wanted, gy, create_graph=True))
@@ -102,16 +104,16 @@ class Recomputed(torch.autograd.Function):
 
 
 def whole(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
-    """The formula as autograd or a compiler sees it, in the precision and dtype of the eager path."""
+    """The formula for autograd to see, in the precision and dtype of the blocks."""
     dtype = at_least_float32(x)
     with full_precision(x):
         return norm.formula(x.to(dtype), *(p.to(dtype) for p in parameters)).to(x.dtype)
 
 
 def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """(…, width) as matrices of rows, on a processor as many as keep the steps of a formula in its caches.
+    """(…, width) as matrices of rows: one, or on a processor as many as keep the steps of a formula in its caches.
 
-    Several threads wait for the slowest of them at every step, so they get far fewer and larger ones.
+    Several threads wait for the slowest of them at every step, so they get fewer and larger ones.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -152,7 +154,7 @@ def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -
     """The gradients of y = gain · x r, r = 1 / sqrt(mean(x²) + eps), with respect to x and gain.
 
     gx = r (g - xh mean(g xh)), g = gain · gy, xh = r x. That is LayerNorm's gradient at mean 0, but for its term
-    -r mean(g): so torch's kernel does in one pass what would take six.
+    -r mean(g): so torch's kernel does in one pass what would take six. A compiler fuses the equation itself.
     """
     if torch.compiler.is_compiling():
         xh, g = x * r, gy if gain is None else gy * gain
@@ -165,7 +167,8 @@ def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -
 
 
 def over_rows(x: Tensor) -> Tensor:
-    """The sum of the rows of a matrix."""
+    """The sum over rows, for the gradient of a parameter."""
     if x.device.type != "cpu" or not torch.compiler.is_compiling() or len(x) % GROUP:
         return x.sum(0)
-    return x.unflatten(0, (-1, GROUP)).sum(1).sum(0)
+    # In one stage the compiler would run down the rows channel by channel, out of the cache at every step.
+    return x.view(len(x) // GROUP, GROUP, *x.shape[1:]).sum(1).sum(0)

@@ -25,6 +25,9 @@ class SeeDNorm(RowNorm):
         self.gain, self.alpha = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.beta = nn.Parameter(torch.zeros(width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x, self.gain, self.alpha, self.beta)
+
     def sliced(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 

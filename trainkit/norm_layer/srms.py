@@ -15,6 +15,9 @@ class SimpleRMSNorm(RowNorm):
     def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-6):
         super().__init__(width, axis=axis, eps=eps)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_rows(x)
+
     def formula(self, x: Tensor) -> Tensor:
         return x * (mean_square(x) + self.eps).rsqrt()
 

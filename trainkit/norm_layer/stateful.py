@@ -23,7 +23,11 @@ def advance(model: nn.Module) -> None:
 
 
 def recomputing() -> bool:
-    """Whether this forward is activation checkpointing's second one: it runs inside the backward of the first."""
+    """Whether this forward is activation checkpointing's second one: it runs inside the backward of the first.
+
+    Compiled code cannot tell, so compile the model that checkpoints; do not checkpoint compiled pieces. Under
+    count=step even those are right: a batch that is observed twice leaves the means as they are.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -89,7 +93,7 @@ class Stateful(nn.Module):
             # that have moved.
             torch._dynamo.graph_break()
         state = [getattr(self, name).clone() for name in self.reads]
-        if self.count == "step":
+        if self.count == "step" or torch.compiler.is_compiling():
             return state
         if not recomputing():
             self._calls.append((key.clone(), state))

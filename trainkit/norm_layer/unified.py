@@ -33,8 +33,8 @@ class UnifiedNorm(Stateful):
     the windows; the paper has it on for images, off for language. When fine-tuning, set the buffer `steps` to 0.
     The released code counts calls instead of optimizer steps (count=call). Under count=step each micro-batch is
     normalized with the window that its own s completes, and the step is made with the mean s and G. gradients and e
-    follow what the backward finds. Leaks the future in training. A batch of padding alone is divided by R and changes
-    nothing. Raises ValueError for a window below 1.
+    follow what the backward finds, in the unit of the loss's gradient. Leaks the future in training. A batch of padding
+    alone is divided by R and changes nothing. Raises ValueError for a window below 1.
     """
 
     reads = ("squares", "gradients", "running_square", "running_gradient", "steps")
@@ -82,8 +82,8 @@ class UnifiedNorm(Stateful):
         with torch.no_grad():
             s, n = mean_square(rows, valid_rows(pad_mask, x, self.axis), self.sync)
             squares, gradients, running, e, i = self.read(s)
-            s = torch.where(n > 0, s, running)
             _, v, skip, _ = self._smooth(s, squares, running, i)
+            v = torch.where(n > 0, v, running)
             r = ((v + self.eps) / (running + self.eps)).sqrt().clamp(1 / LARGEST_COMPENSATION, LARGEST_COMPENSATION)
             r = torch.where((i + 1 <= max(COMPENSATED_AFTER, self.warmup)) | skip, 1.0, r)
         y = Unified.apply(rows, self.gain, self.bias, v + self.eps, r, gradients, e, i + 1, skip, n, self)
