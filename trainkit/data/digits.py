@@ -16,9 +16,9 @@ class Digits(Pixels):
     def read(self) -> dict[str, Split]:
         from sklearn.datasets import load_digits
 
-        found = load_digits()
-        images = np.round(found.images * (255 / 16)).astype(np.uint8)[:, None]
-        labels = found.target.astype(np.int64)
+        pixels, targets = load_digits(return_X_y=True)  # 0 … 16, (N, 64)
+        images = np.round(np.asarray(pixels) * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        labels = np.asarray(targets, dtype=np.int64)
         # Position within its class modulo 20: the file's writers follow each other, so every part has all of them.
         turn = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)]) % 20
         parts = {"train": turn < 14, "val": (turn >= 14) & (turn < 17), "test": turn >= 17}

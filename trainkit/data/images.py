@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from trainkit.data.pixels import Pixels, Split
+
+log = logging.getLogger(__name__)
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "labels", "fine_label")
 
@@ -41,18 +44,21 @@ class Images(Pixels):
 
     def _load(self) -> Any:
         import datasets
+        import pyarrow.parquet as parquet
 
         folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            files: dict[str, list[Path]] = {}
+            for path in sorted(folder.rglob("*.parquet")):
+                files.setdefault(path.name.split("-")[0], []).append(path)
+            if not files:
+                raise ValueError(f"data.name={self.name} is a folder without .parquet files")
+            # Read as they are: going through the library's own loader would copy them into the user's home first.
+            tables = {k: [datasets.table.InMemoryTable(parquet.read_table(p)) for p in v] for k, v in files.items()}
+            return {k: datasets.concatenate_datasets([datasets.Dataset(t) for t in v]) for k, v in tables.items()}
         try:
-            if folder.is_dir():
-                files = {p.name.split("-")[0]: [] for p in sorted(folder.rglob("*.parquet"))}
-                for path in sorted(folder.rglob("*.parquet")):
-                    files[path.name.split("-")[0]].append(str(path))
-                if not files:
-                    raise ValueError(f"data.name={self.name} is a folder without .parquet files")
-                return {k: datasets.Dataset.from_parquet(v, keep_in_memory=True) for k, v in files.items()}
             return datasets.load_dataset(self.name)
-        except (OSError, ConnectionError, FileNotFoundError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"data.name={self.name} is no local folder, and the hub cannot be reached or has no such data set "
                 f"({str(error).splitlines()[0]}). Give a folder of .parquet files"
@@ -61,6 +67,7 @@ class Images(Pixels):
     def _decode(self, split: Any) -> Split:
         field = self._column(split, "field", self.field, IMAGE_COLUMNS)
         label = self._column(split, "label", self.label, LABEL_COLUMNS)
+        log.info("data.name=%s: decoding %d images", self.name, len(split))
         arrays = [np.asarray(image.convert("RGB") if image.mode != "L" else image) for image in split[field]]
         sizes = {array.shape for array in arrays}
         if len(sizes) > 1:

@@ -72,7 +72,7 @@ class Pixels(LightningDataModule):
             known = getattr(self, name)
             if known is not None and list(np.atleast_1d(known)) != list(np.atleast_1d(value)):
                 raise ValueError(
-                    f"the images differ from the ones the run was started with: data.{name} was {known} and is {value}. "
+                    f"the images differ from the ones the run was started with: data.{name} was {known}, is {value}. "
                     "Restore them, or start a new run"
                 )
         return facts

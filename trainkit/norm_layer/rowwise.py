@@ -66,16 +66,13 @@ class Recomputed(torch.autograd.Function):
     """formula and gradient of a RowNorm, with nothing stored between them but their inputs."""
 
     @staticmethod
-    def forward(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.norm = norm
+        ctx.save_for_backward(x, *parameters)
         dtype = at_least_float32(x)
         cast = [p.to(dtype) for p in parameters]
         with full_precision(x):
             return assemble((norm.formula(block.to(dtype), *cast) for block in blocks(x)), x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.norm, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, gy: Tensor):  # type: ignore[override]
@@ -111,20 +108,25 @@ def whole(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """(…, width) as matrices of rows: one, or on a processor as many as keep the steps of a formula in its caches.
+    """(…, width) as matrices of `block_rows` rows; the last may be shorter."""
+    rows, size = x.reshape(-1, x.shape[-1]), block_rows(x)
+    return (rows,) if len(rows) <= size else rows.split(size)
 
-    Several threads wait for the slowest of them at every step, so they get fewer and larger ones.
+
+def block_rows(x: Tensor) -> int:
+    """All rows, or on a processor as many as keep the steps of a formula in its caches.
+
+    Several threads wait for the slowest of them at every step, so they get fewer and larger blocks.
     """
-    rows = x.reshape(-1, x.shape[-1])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return (rows,)
+        return max(1, x.numel() // x.shape[-1])
     size = BLOCK if torch.get_num_threads() == 1 else 16 * BLOCK
-    return rows.split(max(1, size // x.shape[-1]))
+    return max(1, size // x.shape[-1])
 
 
 def assemble(parts: Iterator[Tensor], x: Tensor) -> Tensor:
     """Results for the blocks of x, made one after the other, as one tensor of x's shape and dtype."""
-    if len(blocks(x)) == 1:
+    if x.numel() <= block_rows(x) * x.shape[-1]:
         return next(parts).to(x.dtype).view(x.shape)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for out, part in zip(blocks(y), parts, strict=True):
@@ -139,7 +141,8 @@ def at_least_float32(x: Tensor) -> torch.dtype:
 def full_precision(x: Tensor):
     """Keeps autocast from lowering the matrix products of a formula."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if active else nullcontext()
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -150,20 +153,21 @@ def mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
 
 
-def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of y = gain · x r, r = 1 / sqrt(mean(x²) + eps), with respect to x and gain.
+def rms_gradient(x: Tensor, gy: Tensor, r: Tensor, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The gradients of y = gain · x r, r = 1 / sqrt(mean(x²) + eps), with respect to x and, if given, gain.
 
     gx = r (g - xh mean(g xh)), g = gain · gy, xh = r x. That is LayerNorm's gradient at mean 0, but for its term
     -r mean(g): so torch's kernel does in one pass what would take six. A compiler fuses the equation itself.
     """
     if torch.compiler.is_compiling():
         xh, g = x * r, gy if gain is None else gy * gain
-        return (g - xh * (g * xh).mean(-1, keepdim=True)) * r, over_rows(gy * xh)
-    needed = [True, gain is not None, False]
-    zero = torch.zeros_like(r)
+        gx = (g - xh * (g * xh).mean(-1, keepdim=True)) * r
+        return (gx,) if gain is None else (gx, over_rows(gy * xh))
+    needed, zero = [True, gain is not None, False], torch.zeros_like(r)
     gx, ggain, _ = torch.ops.aten.native_layer_norm_backward(gy, x, x.shape[-1:], zero, r, gain, None, needed)
-    mean = gy.mean(-1, keepdim=True) if gain is None else (gy @ gain).unsqueeze(-1) / x.shape[-1]
-    return gx.add_(r * mean), ggain
+    if gain is None:
+        return (gx.add_(r * gy.mean(-1, keepdim=True)),)
+    return gx.add_(r * (gy @ gain).unsqueeze(-1) / x.shape[-1]), ggain
 
 
 def over_rows(x: Tensor) -> Tensor:

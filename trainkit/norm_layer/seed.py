@@ -44,7 +44,7 @@ class SeeDNorm(RowNorm):
         gz = self.sliced(gfactor * alpha).sum(-1, keepdim=True) * (1 - s.square())  # of the product <x, beta>
         galpha = over_rows(self.sliced(gfactor) * s).flatten()
         gbeta = over_rows(self.sliced(x) * gz).flatten()
-        gx, _ = rms_gradient(x, factor.mul_(gy), r)
+        (gx,) = rms_gradient(x, factor.mul_(gy), r)
         self.sliced(gx).addcmul_(gz, self.sliced(beta))
         return gx, over_rows(gfactor), galpha, gbeta
 

@@ -22,4 +22,4 @@ class SimpleRMSNorm(RowNorm):
         return x * (mean_square(x) + self.eps).rsqrt()
 
     def gradient(self, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
-        return rms_gradient(x, gy, (mean_square(x) + self.eps).rsqrt())[:1]
+        return rms_gradient(x, gy, (mean_square(x) + self.eps).rsqrt())
