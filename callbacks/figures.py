@@ -34,10 +34,9 @@ class Figures(Callback):
             from trainkit.report.figures import draw
 
             pictures = draw(run / "metrics.jsonl", run / "figures", title=self.title)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    for picture in pictures:
+                        logger.log_image(f"figures/{picture.stem}", [str(picture)], step=trainer.global_step)
         except Exception as error:  # a picture must neither fail a run that is done nor hide why another one failed
             log.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                for picture in pictures:
-                    logger.log_image(f"figures/{picture.stem}", [str(picture)], step=trainer.global_step)

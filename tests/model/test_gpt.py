@@ -122,6 +122,8 @@ def test_flops_count_every_matrix_product():
         (["model.width=100", "model.heads=3"], "model.width must be a multiple of model.heads"),
         (["model.init=other"], "model.init is gpt2 or plain"),
         (["model.depth=0"], "model.depth must be at least 1"),
+        (["model.hidden=0"], "model.hidden must be at least 1"),
+        (["model.gelu=relu"], "model.gelu is exact or tanh"),
         (["norm=mix", "norm.alpha=1.5"], "norm.alpha is the share of Post-LN blocks"),
     ],
 )

@@ -78,10 +78,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def whole_ticks(axis: Any, most: int = 8) -> None:
-    """At most so many ticks, at whole numbers."""
-    from matplotlib.ticker import MaxNLocator
+    """At most so many ticks, at whole numbers; 20k for 20000."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"))
 
 
 def log_ticks(axis: Any, low: float, high: float) -> None:

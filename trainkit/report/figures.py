@@ -20,7 +20,7 @@ def draw(metrics: str | Path, folder: str | Path, title: str = "") -> list[Path]
     pictures = [loss(rows, folder, title)] if any("train/loss" in row or "val/loss" in row for row in rows) else []
     by_layer = layers.collect(rows)
     if by_layer is not None:
-        pictures += [layers.heatmap(by_layer, rows, folder, title), layers.profile(by_layer, folder, title)]
+        pictures += [layers.heatmap(by_layer, rows, folder, title), layers.profile(by_layer, rows, folder, title)]
     return pictures
 
 

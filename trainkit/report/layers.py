@@ -21,7 +21,7 @@ NAMES = {"attn": "attention weights", "mlp": "MLP weights", "norm": "norm gains"
 
 @dataclass(frozen=True)
 class Layers:
-    """Norms by site: values[site] is (blocks, steps), NaN where nothing was logged."""
+    """Norms by site: values[site] is (blocks, steps), NaN where nothing was logged, infinite where it is not finite."""
 
     steps: np.ndarray
     blocks: list[str]
@@ -54,7 +54,7 @@ def collect(rows: list[Row]) -> Layers | None:
     sites = sorted({site for _, site in parts.values()}, key=lambda site: (site in ("norm", "residual"), site))
     values = {site: np.full((len(blocks), len(rows)), math.nan) for site in sites}
     for label, (block, site) in parts.items():
-        values[site][blocks.index(block)] = [row.get(label, math.nan) for row in rows]
+        values[site][blocks.index(block)] = [_value(row.get(label)) for row in rows]
     return Layers(np.array([row["step"] for row in rows]), blocks, values)
 
 
@@ -93,14 +93,16 @@ def heatmap(layers: Layers, rows: list[Row], folder: Path, title: str) -> Path:
         return canvas.save(folder / "grad_norm_heatmap.png")
 
 
-def profile(layers: Layers, folder: Path, title: str) -> Path:
+def profile(layers: Layers, rows: list[Row], folder: Path, title: str) -> Path:
     """Norm by depth at the first step, at 10 % and 50 % of the run and at the last; grad_norm_profile.png and .csv."""
     chosen = chosen_steps(layers.steps)
     sites = [*layers.weights, *layers.others]
+    drawn = set(layers.steps[chosen].tolist())
     table = (
-        [int(layers.steps[k]), block, *(_cell(layers.values[site][b, k]) for site in sites)]
-        for k in chosen
-        for b, block in enumerate(layers.blocks)
+        [row["step"], block, *(row.get(f"{PREFIX}{block}.{site}") for site in sites)]
+        for row in rows
+        if row["step"] in drawn
+        for block in layers.blocks
     )
     write_csv(folder / "grad_norm_profile.csv", ["step", "block", *sites], table)
 
@@ -185,5 +187,5 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values) & (values > 0), values, math.nan)
 
 
-def _cell(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+def _value(logged: float | None) -> float:
+    return math.nan if logged is None else logged if math.isfinite(logged) else math.inf
