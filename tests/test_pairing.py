@@ -11,6 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("norm", "norm_layer", "schedule", "gradient", "projection", "continual", "learner", "data", "task")
 
+
 def nodes(value):
     """Every mapping with a _target_ in a YAML file."""
     if isinstance(value, dict):
@@ -27,7 +28,8 @@ def every_target():
     found = []
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         for node in nodes(yaml.safe_load(path.read_text())):
-            found.append(pytest.param(path, node, id=f"{path.relative_to(ROOT / 'conf')}:{node['_target_'].split('.')[-1]}"))
+            name = f"{path.relative_to(ROOT / 'conf')}:{node['_target_'].split('.')[-1]}"
+            found.append(pytest.param(path, node, id=name))
     return found
 
 

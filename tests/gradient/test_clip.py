@@ -35,5 +35,5 @@ def test_a_non_finite_norm_stays_visible():
 
 
 def test_a_limit_of_zero_is_refused():
-    with pytest.raises(Exception, match="gradient.max_norm must be positive"):
+    with pytest.raises(Exception, match=r"gradient\.max_norm must be positive"):
         build("gradient", "gradient=clip", "gradient.max_norm=0")

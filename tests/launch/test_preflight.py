@@ -155,7 +155,8 @@ def test_every_value_in_conf_fits_its_annotation():
 
 @pytest.mark.slow
 def test_every_option_composes_and_passes():
-    needs = {"data=text": ["data.path=x"], "data=hub": ["data.name=x"]}
+    needs = {"data=text": ["data.path=x"], "data=hub": ["data.name=x"], "data=digits": ["model=vit"]}
+    needs |= {"data=images": ["model=vit", "data.name=x"], "task=classify": ["model=vit"]}
     for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
         for file in sorted(folder.glob("*.yaml")):
             word = f"{folder.name}={file.stem}"

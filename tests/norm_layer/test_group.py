@@ -44,6 +44,17 @@ def test_one_token_and_none():
     assert norm(torch.randn(0, 3, WIDTH)).shape == (0, 3, WIDTH)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [1, -1])
+def test_compiled(axis):
+    torch._dynamo.reset()
+    norm = GroupNorm(WIDTH, groups=2, axis=axis)
+    (x, gy), *_ = data(1, 2, WIDTH, 3, WIDTH)
+    expected, actual = train(norm, x, gy), train(torch.compile(norm, backend="aot_eager", fullgraph=True), x, gy)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_half_precision():
     norm, x = GroupNorm(WIDTH, groups=2), 1000 * torch.randn(2, 3, WIDTH)
     y = norm.float()(x.half())

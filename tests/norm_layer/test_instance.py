@@ -40,3 +40,15 @@ def test_one_position_gives_the_bias():
 def test_without_positions():
     with pytest.raises(ValueError, match="norm_layer=instance averages over positions"):
         InstanceNorm(WIDTH)(torch.randn(4, WIDTH))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("affine", [True, False])
+def test_compiled(axis, affine):
+    torch._dynamo.reset()
+    norm = InstanceNorm(WIDTH, axis=axis, affine=affine)
+    (x, gy), *_ = data(1, 2, WIDTH, 3, WIDTH)
+    expected, actual = train(norm, x, gy), train(torch.compile(norm, backend="aot_eager", fullgraph=True), x, gy)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)

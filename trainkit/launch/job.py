@@ -221,11 +221,9 @@ def reported(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-        run.result |= {
-            "status": "interrupted" if interrupted else "failed",
-            "reason": f"{type(error).__name__}: {error}",
-        }
+        stopped = error.__context__ if isinstance(error, SystemExit) else error  # Lightning's exit after Ctrl-C
+        status = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "failed"
+        run.result |= {"status": status, "reason": f"{type(stopped).__name__}: {stopped}"}
         if run.primary:
             with (run.dir / "run.log").open("a") as file:
                 traceback.print_exc(file=file)

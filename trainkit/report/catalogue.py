@@ -1,4 +1,4 @@
-"""The catalogue of plugins in the README, generated from the menu and the docstrings: `python -m trainkit.report catalogue`."""
+"""The README's catalogue of plugins, made from the menu and docstrings by `python -m trainkit.report catalogue`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -136,7 +136,8 @@ class Task(LightningModule):
         tensors = {name: value for name, value in self._records.items() if isinstance(value, Tensor)}
         self.metrics = {name: float(value) for name, value in self._records.items() if name not in tensors}
         if tensors:
-            stacked = torch.stack([t.detach().to(self.device, torch.float64) for t in tensors.values()])
+            widest = reduce(torch.promote_types, (t.dtype for t in tensors.values()), torch.float32)
+            stacked = torch.stack([t.detach().to(self.device, widest) for t in tensors.values()])
             if self.trainer.world_size > 1:
                 stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
             self.metrics |= dict(zip(tensors, stacked.tolist(), strict=True))

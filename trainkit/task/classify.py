@@ -24,7 +24,7 @@ class Classification(Task):
             raise ValueError(f"task.label_smoothing must be at least 0 and below 1; got {label_smoothing}")
         self.label_smoothing = label_smoothing
         names = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
-        self.evaluation = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.evaluation = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

@@ -26,7 +26,7 @@ class LanguageModeling(Task):
         if context > limit:
             raise ValueError(f"data.context={context} is longer than the model reads; try model.context={context}")
         self.bytes_per_token = bytes_per_token
-        self.evaluation = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.evaluation = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
@@ -37,8 +37,8 @@ class LanguageModeling(Task):
         if leaking:
             rank_zero_warn(
                 f"{', '.join(leaking)} in a causal model leaks the future: in training its statistics run over the "
-                "sequence, so each position sees later ones and the training loss is too good. Evaluation, with running "
-                "statistics, does not leak."
+                "sequence, so each position sees later ones and the training loss is too good. Evaluation, with "
+                "running statistics, does not leak."
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
