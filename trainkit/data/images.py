@@ -45,6 +45,7 @@ class Images(Pixels):
     def _load(self) -> Any:
         import datasets
         import pyarrow.parquet as parquet
+        from datasets.table import InMemoryTable
 
         folder = Path(self.name).expanduser()
         if folder.is_dir():
@@ -54,7 +55,7 @@ class Images(Pixels):
             if not files:
                 raise ValueError(f"data.name={self.name} is a folder without .parquet files")
             # Read as they are: going through the library's own loader would copy them into the user's home first.
-            tables = {k: [datasets.table.InMemoryTable(parquet.read_table(p)) for p in v] for k, v in files.items()}
+            tables = {k: [InMemoryTable(parquet.read_table(p)) for p in v] for k, v in files.items()}
             return {k: datasets.concatenate_datasets([datasets.Dataset(t) for t in v]) for k, v in tables.items()}
         try:
             return datasets.load_dataset(self.name)

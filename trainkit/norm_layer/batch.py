@@ -11,9 +11,18 @@ from trainkit.norm_layer.channels import Standardize, from_rows, synchronized, t
 from trainkit.norm_layer.stateful import Stateful, wide
 
 
-def batch(width: int, *, axis: int = -1, **knobs) -> BatchNorm:
+def batch(
+    width: int,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    count: str = "call",
+    sync: str = "none",
+) -> BatchNorm:
     """A BatchNorm of `width` channels on `axis`; for images, axis=1, one that is a torch.nn.BatchNorm2d as well."""
-    return (BatchNorm2d if axis == 1 else BatchNorm)(width, axis=axis, **knobs)
+    kind = BatchNorm2d if axis == 1 else BatchNorm
+    return kind(width, axis=axis, eps=eps, momentum=momentum, count=count, sync=sync)
 
 
 class BatchNorm(Stateful, _BatchNorm):

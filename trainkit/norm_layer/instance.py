@@ -39,10 +39,12 @@ class InstanceNorm(nn.Module):
         h = x.movedim(self.axis, -1).to(wide(x.dtype))
         positions = tuple(range(1, x.dim() - 1))
         h = h - h.mean(positions, keepdim=True)
-        h = h * (h.square().mean(positions, keepdim=True) + self.eps).rsqrt()
+        scale = (h.square().mean(positions, keepdim=True) + self.eps).rsqrt()
         if self.gain is not None and self.bias is not None:
-            h = h * self.gain + self.bias
-        return h.movedim(-1, self.axis).to(x.dtype)
+            y = torch.addcmul(self.bias, h, scale * self.gain)  # so the gain's gradient needs no pass of its own
+        else:
+            y = h * scale
+        return y.movedim(-1, self.axis).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, axis={self.axis}, affine={self.gain is not None}"
