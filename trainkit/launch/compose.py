@@ -60,8 +60,8 @@ def is_value(word: Override, folders: Folders) -> bool:
 def choose(words: list[str]) -> DictConfig:
     """The configuration that the chosen files make. `words`: overrides of groups and of Hydra itself.
 
-    What a choice `prefers` elsewhere (norm=lns: model.init=plain) is set where such a key exists; typed words, set
-    later, win.
+    What a choice `prefers` elsewhere is set where such a key exists (norm=lns: model.init=plain), or only under one
+    option of that group (model=gpt_124m: optimizer.lr under optimizer=adamw); typed words, set later, win.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -78,9 +78,11 @@ def choose(words: list[str]) -> DictConfig:
         del cfg["hydra"]
         cfg.choices = {group: option for group, option in chosen.items() if not str(group).startswith("hydra/")}
     raw = Composition(cfg).raw
-    for key, value in leaves(raw["prefers"]):
-        if exists(raw, key):
-            OmegaConf.update(cfg, key, value)
+    for wish, settings in raw["prefers"].items():
+        group, _, option = wish.partition("=")
+        for key, value in leaves(settings, group):
+            if exists(raw, key) and option in ("", chosen.get(group)):
+                OmegaConf.update(cfg, key, value)
     return cfg
 
 

@@ -15,7 +15,7 @@ def trainer(
     *,
     max_steps: int = -1,
     max_epochs: int = -1,
-    val_check_interval: int = 200,
+    val_check_interval: int = 300,
     accumulate_grad_batches: int = 1,
     log_every_n_steps: int = 10,
     threads: int | None = None,

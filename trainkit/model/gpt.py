@@ -26,7 +26,7 @@ class GPT(Decoder):
         norm: Placement,
         *,
         depth: int = 6,
-        width: int = 128,
+        width: int = 64,
         hidden: int | None = None,
         heads: int = 4,
         context: int = 128,
