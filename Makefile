@@ -20,11 +20,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# One thread per worker: two workers with two threads each would wait for each other most of the time.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-full: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: setup
 	$(BIN)/python -m trainkit.bench norm_layer
