@@ -43,9 +43,7 @@ def main(args: Sequence[str]) -> None:
     about = {"hardware": hardware(), "versions": versions()}
     if not given.json:
         print("\n".join(f"{key}: {value}" for part in about.values() for key, value in part.items()))
-        print(
-            f"x: {tuple(given.shape)}; forward and backward; median of {rounds} interleaved rounds; times the reference's"
-        )
+        print(f"x: {tuple(given.shape)}; forward and backward; median of {rounds} interleaved rounds")
         print("kept: activations stored for the backward; peak: most memory held; both in sizes of x")
     results = []
     for mode in modes:
