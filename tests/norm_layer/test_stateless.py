@@ -128,6 +128,24 @@ def test_gradients_of_gradients(name):
 
 
 @cases
+def test_gradients_per_sample(name):
+    layer = make(name)
+    parameters = dict(layer.named_parameters())
+    x = torch.randn(3, 4, WIDTH, dtype=torch.float64)
+
+    def loss(values, sample):
+        return torch.func.functional_call(layer, values, (sample,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        wanted = list(parameters.values())
+        if wanted:
+            expected = torch.autograd.grad(layer(sample).square().sum(), wanted)
+            for parameter_name, gradient in zip(parameters, expected, strict=True):
+                close(found[parameter_name][i], gradient)
+
+
+@cases
 def test_blocks_of_any_size_give_the_same_numbers(name, monkeypatch):
     layer = make(name)
     x, gy = torch.randn(7, 3, WIDTH, dtype=torch.float64).requires_grad_(), torch.randn(7, 3, WIDTH).double()

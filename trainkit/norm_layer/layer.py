@@ -23,5 +23,4 @@ class LayerNorm(RowNorm):
         dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         gain, bias = self.gain.to(dtype), None if self.bias is None else self.bias.to(dtype)
         with full_precision(x):
-            y = F.layer_norm(self.rows(x), (self.width,), gain, bias, self.eps)
-        return y.movedim(-1, self.axis)
+            return self.back(F.layer_norm(self.rows(x), (self.width,), gain, bias, self.eps))

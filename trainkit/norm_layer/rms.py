@@ -20,8 +20,7 @@ class RMSNorm(RowNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # torch has a kernel there
-            y = F.rms_norm(self.rows(x), (self.width,), self.gain.to(x.dtype), self.eps)
-            return y.movedim(-1, self.axis)
+            return self.back(F.rms_norm(self.rows(x), (self.width,), self.gain.to(x.dtype), self.eps))
         return self.by_rows(x, self.gain)
 
     def formula(self, x: Tensor, gain: Tensor) -> Tensor:

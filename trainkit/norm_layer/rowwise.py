@@ -49,12 +49,17 @@ class RowNorm(nn.Module):
                 f"{type(self).__name__} was built for {self.width} channels on axis {self.axis}; "
                 f"got an input of shape {tuple(x.shape)}. Check the width and the axis it is built with"
             )
-        return x.movedim(self.axis, -1)
+        return x if self.axis == -1 else x.movedim(self.axis, -1)
+
+    def back(self, y: Tensor) -> Tensor:
+        """y with its channels on the last axis, in x's order of axes."""
+        return y if self.axis == -1 else y.movedim(-1, self.axis)
 
     def by_rows(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         """y, by `formula`; for a layer's forward, with its parameters (None: left out)."""
-        given = [p for p in parameters if p is not None]
-        return Recomputed.apply(self, self.rows(x), *given).movedim(-1, self.axis)
+        # vmap, jvp and the other transforms of torch.func differentiate by their own rules.
+        run = whole if torch._C._are_functorch_transforms_active() else Recomputed.apply
+        return self.back(run(self, self.rows(x), *(p for p in parameters if p is not None)))
 
     def extra_repr(self) -> str:
         axis = {} if self.axis == -1 else {"axis": self.axis}
@@ -101,7 +106,7 @@ class Recomputed(torch.autograd.Function):
 
 
 def whole(norm: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
-    """The formula for autograd to see, in the precision and dtype of the blocks."""
+    """The formula for autograd to see, on all rows, in the precision and dtype of the blocks."""
     dtype = at_least_float32(x)
     with full_precision(x):
         return norm.formula(x.to(dtype), *(p.to(dtype) for p in parameters)).to(x.dtype)
