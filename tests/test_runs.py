@@ -89,6 +89,42 @@ def test_resume_refuses_another_model(words):
         trainkit.run([f"resume={run}", "model.depth=3"])
 
 
+def test_a_word_that_cannot_work_leaves_the_run_as_it_was(words):
+    run = trainkit.run(words).dir
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "result.json")}
+
+    def unchanged() -> bool:
+        return all((run / name).read_bytes() == content for name, content in before.items() if name != "result.json")
+
+    for word in ("data.batch_size=2", "optimizer=sgd", "schedule.warmup=-3", "trainer.max_steps=3"):
+        with pytest.raises(UserError):
+            trainkit.run([f"resume={run}", "trainer.max_steps=10", word])
+        assert unchanged(), word
+        assert json.loads((run / "result.json").read_text()) == json.loads(before["result.json"]), word
+    assert trainkit.run([f"resume={run}", "trainer.max_steps=8"]).metrics["val/loss"] > 0
+
+
+def test_a_damaged_checkpoint_is_named(words):
+    run = trainkit.run(words).dir
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt' cannot be read"):
+        trainkit.run([f"resume={run}", "trainer.max_steps=10"])
+
+
+def test_a_folder_with_other_things_in_it_is_not_written_to(words, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        trainkit.run([*words, f"paths.run_dir={tmp_path / 'mine'}"])
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "precious"
+
+
+def test_eval_finds_the_run_where_it_is_told_to_look(words, tmp_path):
+    run = trainkit.run(words).dir
+    assert trainkit.run([f"paths.log_dir={tmp_path / 'logs'}", "mode=eval", "resume=last"]).dir == run / "eval"
+
+
 def test_eval_reports_the_runs_own_model_and_leaves_its_metrics_alone(words):
     result = trainkit.run(["norm=post", *words])
     before = (result.dir / "metrics.jsonl").read_text()

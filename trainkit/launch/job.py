@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from trainkit.launch import rundir, versions
@@ -29,7 +31,7 @@ from trainkit.launch.preflight import check_config
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
-from trainkit.launch.weights import from_run, initialize
+from trainkit.launch.weights import from_run, give_form, initialize
 from trainkit.optimizer.partition import describe
 from trainkit.task.base import Task
 
@@ -59,14 +61,20 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
     with mistakes():
         data = build_data(cfg)
         task = build_task(cfg)
-        initialize(task, cfg)
+        if previous is not None and (previous / "checkpoints" / "last.ckpt").is_file():
+            give_form(task, cfg.to)  # the weights come from the checkpoint
+        else:
+            initialize(task, cfg)
         run = locate(cfg, overrides, previous)
         trainer = build_trainer(cfg, run.dir)
         data.trainer = trainer
         data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
-    with run, reported(run), to_file(run.dir / "run.log") if run.primary else nullcontext():
         checkpoint = run.checkpoint()
-        loggers = trainer.loggers = build_loggers(cfg, run, checkpoint)
+        start = step_of(checkpoint) if checkpoint else 0
+        if previous is not None:
+            not_finished(previous, checkpoint, start, trainer.max_steps)
+    with run, reported(run, trainer, start), to_file(run.dir / "run.log") if run.primary else nullcontext():
+        loggers = trainer.loggers = build_loggers(cfg, run, start)
         if run.primary:
             save_config(cfg, run.dir / "config.yaml")
             show(opening(cfg, run, describe(task.model)))
@@ -78,6 +86,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
                 metrics |= _numbers(trainer)
         finally:
             finish_loggers(loggers)
+        metrics = run.result.get("metrics", {}) | metrics
         run.result |= {"status": "finished", "reason": "the run reached its end", "metrics": metrics}
         run.result["figures"] = sorted(str(p.relative_to(run.dir)) for p in run.dir.glob("figures/*.png"))
         if run.primary:
@@ -99,9 +108,10 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
             from_run(task, directory, checkpoint=own.checkpoint, form=own.to)
             trainer = make(own, "trainer")(callbacks=[], run_dir=target)
         metrics: dict[str, float] = {}
-        for evaluation in (trainer.validate, trainer.test):
-            evaluation(task, datamodule=data, verbose=False)
-            metrics |= _numbers(trainer)
+        with mistakes():
+            for evaluation in (trainer.validate, trainer.test):
+                evaluation(task, datamodule=data, verbose=False)
+                metrics |= _numbers(trainer)
         result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
         rundir.write_json(target / "result.json", result | {"ended": time.time(), "versions": versions.versions()})
         for name, value in metrics.items():
@@ -134,14 +144,13 @@ def build_task(cfg: DictConfig) -> Task:
     return make(cfg, "task")
 
 
-def build_loggers(cfg: DictConfig, run: Run, checkpoint: Path | None) -> list[Logger]:
-    """metrics.jsonl, and what `logger` chooses; lines beyond the checkpoint that is resumed from are dropped."""
+def build_loggers(cfg: DictConfig, run: Run, start: int) -> list[Logger]:
+    """metrics.jsonl, and what `logger` chooses; lines beyond the step that is resumed from are dropped."""
     from trainkit.launch.loggers import JsonlLogger
 
     jsonl = JsonlLogger(run.dir)
     if run.resumed and run.primary:
-        step = torch.load(checkpoint, weights_only=True, mmap=True)["global_step"] if checkpoint else 0
-        jsonl.truncate_after(step)
+        jsonl.truncate_after(start)
     made = make(cfg, "logger")
     if not made:
         return [jsonl]
@@ -183,17 +192,41 @@ def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
         directory, before = previous, rundir.read_json(previous / "result.json")
     elif cfg.paths.run_dir:
         directory, before = Path(cfg.paths.run_dir), {}
-        if rundir.is_run(directory):
-            raise UserError(
-                f"paths.run_dir: {str(directory)!r} holds a run already; continue it with resume={directory}"
-            )
+        if directory.exists() and any(directory.iterdir()):
+            remedy = f"continue it with resume={directory}" if rundir.is_run(directory) else "name a new one"
+            raise UserError(f"paths.run_dir: {str(directory)!r} is not empty, and a run overwrites nothing; {remedy}")
     else:
         directory, before = rundir.new_dir(cfg.paths.log_dir, cfg.name or cfg.choices.model), {}
     # Drawn from the system and not from `random`, which the seed makes the same in every run.
     run_id = before.get("id") or secrets.token_hex(4)
-    result = {"status": "running", "id": run_id, "overrides": overrides, "choices": dict(cfg.choices)}
+    result = before | {"status": "running", "id": run_id, "overrides": overrides, "choices": dict(cfg.choices)}
     result |= {"started": before.get("started", time.time()), "pid": os.getpid(), "versions": versions.versions()}
-    return Run(directory, run_id, overrides, resumed=previous is not None, primary=primary, result=result)
+    return Run(
+        directory, run_id, overrides, resumed=previous is not None, primary=primary, result=result, before=before
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was made at; UserError where the file is damaged."""
+    try:
+        return torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]
+    except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        raise UserError(
+            f"{str(checkpoint)!r} cannot be read: {str(error).splitlines()[0]}",
+            f"copy best.ckpt over it, or start another run: init_from={checkpoint.parents[1]} checkpoint=best",
+        ) from error
+
+
+def not_finished(directory: Path, checkpoint: Path | None, step: int, max_steps: int) -> None:
+    """Refuses to continue a run that has nothing left to do, or nothing to go on from."""
+    finished = rundir.read_json(directory / "result.json").get("status") == "finished"
+    if finished and checkpoint is None:
+        raise UserError(f"{str(directory)!r} is finished and has no checkpoint to go on from; start a new run")
+    if checkpoint is not None and finished and 0 <= max_steps <= step:
+        raise UserError(
+            f"{str(directory)!r} is finished: it stands at step {step}, and trainer.max_steps is {max_steps}",
+            f"to go on, give more: trainer.max_steps={2 * step}",
+        )
 
 
 # --- how it may go wrong -----------------------------------------------------------------------------------------
@@ -208,19 +241,34 @@ def mistakes() -> Iterator[None]:
         raise
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, (ValueError, OSError)):
+        if isinstance(cause, (ValueError, OSError, MisconfigurationException)):
             raise UserError(str(cause)) from cause
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         raise UserError(str(error)) from error
 
 
 @contextmanager
-def reported(run: Run) -> Iterator[None]:
-    """Writes how a run failed into its result and its log, and lets the exception go on."""
+def reported(run: Run, trainer: Trainer, start: int) -> Iterator[None]:
+    """Writes how a run failed into its result and its log, and lets the exception go on.
+
+    A ValueError before the first step is a setting that cannot work, so the user's mistake; a run that was to be
+    continued then stays what it was.
+    """
+    config = (run.dir / "config.yaml").read_bytes() if run.resumed else b""
     try:
         yield
+        run.result["ended"] = time.time()
     except BaseException as error:
+        run.result["ended"] = time.time()
+        unchanged = isinstance(error, Exception) and trainer.global_step <= start
+        if unchanged and run.resumed and run.primary:
+            (run.dir / "config.yaml").write_bytes(config)
+            run.result = run.before
+            raise UserError(f"the run could not be continued: {error}") from error
+        if unchanged and isinstance(error, (ValueError, MisconfigurationException)):
+            run.result |= {"status": "failed", "reason": str(error)}
+            raise UserError(str(error)) from error
         stopped = error.__context__ if isinstance(error, SystemExit) else error  # Lightning's exit after Ctrl-C
         status = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "failed"
         run.result |= {"status": status, "reason": f"{type(stopped).__name__}: {stopped}"}
@@ -228,8 +276,6 @@ def reported(run: Run) -> Iterator[None]:
             with (run.dir / "run.log").open("a") as file:
                 traceback.print_exc(file=file)
         raise
-    finally:
-        run.result["ended"] = time.time()
 
 
 def _previous(cfg: DictConfig) -> Path | None:

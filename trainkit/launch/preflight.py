@@ -125,7 +125,8 @@ def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[s
     job = Composition(compose(chosen), folders, parsed)
     from_run = any(word.key_or_group == "mode" and word.value() in FROM_RUN for word in values)
     for word in values:
-        if from_run and word.key_or_group.split(".")[0] in job.choices:
+        group = word.key_or_group.split(".")[0]
+        if from_run and group in job.choices and group != "paths":
             continue  # meant for the earlier run's choices; compose.overlay compares it with those
         check_value(word, job)
         assign(job.cfg, word)

@@ -7,7 +7,7 @@ from trainkit.launch.preflight import Plan, check
 
 # `plugins` and folders that may set it count only when they are typed: a run directory from elsewhere must not widen
 # what may be executed.
-TYPED_ONLY = ("plugins", "hydra.searchpath", "resume", "mode", "paths.run_dir", "init_from")
+TYPED_ONLY = ("plugins", "hydra.searchpath", "resume", "mode", "paths.run_dir")
 
 
 def recorded(plan: Plan) -> Plan:

@@ -53,7 +53,7 @@ def find(resume: str, log_dir: str | Path, name: str | None = None, *, key: str 
     if resume == "last":
         root = Path(log_dir) / name if name else Path(log_dir)
         found = (path.parent for path in root.rglob("result.json") if is_run(path.parent))
-        runs = [run for run in found if run.parent.name not in ("eval", "convert")]
+        runs = [run for run in found if not is_run(run.parents[1])]  # <run>/convert/<form> is a run's, not a run
         if not runs:
             raise UserError(f"{key}=last: there is no run below {str(root)!r}. Give a directory: {key}=DIR")
         return max(runs, key=lambda run: read_json(run / "result.json").get("started", 0))
@@ -87,7 +87,7 @@ class Run:
     """One run on disk. Hold it as a context: the directory stays locked, and result.json ends truthful.
 
     dir: the directory; id: also the W&B run's; overrides: what was asked for; resumed: whether it had been started
-    before; primary: whether this process (rank 0) writes.
+    before, and then what result.json said, `before`; primary: whether this process (rank 0) writes.
     """
 
     dir: Path
@@ -96,6 +96,7 @@ class Run:
     resumed: bool = False
     primary: bool = True
     result: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
     _lock: IO[str] | None = None
 
     def __enter__(self) -> Run:

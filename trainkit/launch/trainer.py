@@ -36,9 +36,10 @@ def trainer(
     divides the cores among this machine's ranks. Everything else is the Trainer's own. Raises ValueError where there
     is neither max_steps nor max_epochs.
     """
-    if max_steps < 0 and max_epochs < 0:
-        raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs")
-    for name, value in (("log_every_n_steps", log_every_n_steps), ("accumulate_grad_batches", accumulate_grad_batches)):
+    if max_steps == 0 or (max_steps < 0 and max_epochs < 0):
+        raise ValueError("the run has no length: set trainer.max_steps or trainer.max_epochs to at least 1")
+    counts = {"log_every_n_steps": log_every_n_steps, "accumulate_grad_batches": accumulate_grad_batches}
+    for name, value in (counts | {"val_check_interval": val_check_interval}).items():
         if value < 1:
             raise ValueError(f"trainer.{name} must be at least 1; got {value}")
     local_ranks = devices if isinstance(devices, int) and devices > 0 else 1

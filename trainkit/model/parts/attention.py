@@ -38,6 +38,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1:
+            raise ValueError(f"model.heads and model.kv_heads must be at least 1; got {heads} and {kv_heads}")
         if site.width % heads:
             raise ValueError(
                 f"model.width must be a multiple of model.heads; {site.width} is no multiple of {heads}. "
