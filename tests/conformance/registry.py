@@ -7,9 +7,9 @@ An adapter is a function of a golden file, registered for the `algorithm` of the
         norm = build("norm_layer", "rms", {"eps": file.hyperparameters["eps"]}, file["x/1"].shape[-1])
         return Layer(norm, params={"weight": "gain"})
 
-It returns a `Layer`, which the runner drives through the file's calls, or, for anything that is not a layer, yields
-pairs (name of an array in the file, the value obtained here), which the harness compares. It maps names and shapes and
-does no arithmetic; it cannot read an expected array.
+It returns a `Layer`, which the runner drives through the file's calls, or `Steps`, an optimizer that takes the file's
+steps, or, for anything else, yields pairs (name of an array in the file, the value obtained here), which the harness
+compares. It maps names and shapes and does no arithmetic; it cannot read an expected array.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainkit.optimizer.partition import by_role, split
 
 CONF = Path(__file__).parents[2] / "conf"
 RTOL = 1e-9  # where meta gives no suggested_rtol
@@ -96,8 +99,23 @@ class Layer:
     extra: Callable[[nn.Module], Iterable[tuple[str, Tensor]]] | None = None
 
 
+@dataclass
+class Steps:
+    """An optimizer that takes the file's steps: `init/<p>`, then `grad/<t>/<p>` for each, against `expect/<t>/<p>`.
+
+    make(model) builds it for a model whose parameters have the file's names; those with two axes or more have the
+    role "matrix", the others "vector". before(model, optimizer, t) runs between setting the gradients of step t and
+    taking it; after(model, optimizer, t) yields further pairs to compare.
+    """
+
+    make: Callable[[nn.Module], Optimizer]
+    before: Callable[[nn.Module, Optimizer, int], None] | None = None
+    after: Callable[[nn.Module, Optimizer, int], Iterable[tuple[str, Any]]] | None = None
+    displacement: bool = False  # compare what each step moved, by Frobenius norm (for files in half precision)
+
+
 Pairs = Iterator[tuple[str, Any]]
-Adapter = Callable[[File], "Layer | Pairs"]
+Adapter = Callable[[File], "Layer | Steps | Pairs"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +170,9 @@ def build(group: str, name: str, overrides: Mapping[str, Any] | None = None, /, 
     root = {key: keywords.pop(key) for key in list(keywords) if (CONF / key).is_dir()}
     made = instantiate(OmegaConf.create({**root, group: plugin(group, name, overrides)}))[group]
     return made(*args, **keywords) if args or keywords else made
+
+
+def optimizer(name: str, overrides: Mapping[str, Any] | None = None) -> Callable[[nn.Module], Optimizer]:
+    """model -> the optimizer of conf/optimizer/<name>.yaml, which steps the roles it takes, its `rest` the others."""
+    factory, words = split(build("optimizer", name, overrides))
+    return lambda model: by_role(model, factory, **words)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .registry import File, Layer, Pairs, find
+from .registry import File, Layer, Pairs, Steps, find
 
 ROUNDING = 1e-14  # absolute; what exact zeros may come out as
 
@@ -21,9 +21,15 @@ def check(file: File) -> int:
             "or list the algorithm in not_yet.txt"
         )
     compared: set[str] = set()
+    compare = equal
     with default_dtype(file.dtype):
         made = entry.function(file)
-        for name, actual in run_layer(made, file) if isinstance(made, Layer) else made:
+        if isinstance(made, Layer):
+            made = run_layer(made, file)
+        elif isinstance(made, Steps):
+            compare = Displacements(file).equal if made.displacement else equal
+            made = run_steps(made, file)
+        for name, actual in made:
             compare(name, actual, file.expected(name), entry.rtol.get(name, file.rtol))
             compared.add(name)
     unused = file.unused(compared)
@@ -67,6 +73,24 @@ def run_layer(layer: Layer, file: File) -> Pairs:
     if layer.extra:
         with torch.no_grad():
             yield from layer.extra(module)
+
+
+def run_steps(steps: Steps, file: File) -> Pairs:
+    """Every parameter after every step. Gradients are copies, which a method may overwrite."""
+    model = nn.Module()
+    for name in file.names("init"):
+        model.register_parameter(name, nn.Parameter(file[f"init/{name}"]))
+    optimizer = steps.make(model)
+    for step in range(1, file.steps + 1):
+        for name, parameter in model.named_parameters():
+            parameter.grad = file[f"grad/{step}/{name}"]
+        if steps.before:
+            steps.before(model, optimizer, step)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            yield f"expect/{step}/{name}", parameter
+        if steps.after:
+            yield from steps.after(model, optimizer, step)
 
 
 def load(layer: Layer, file: File) -> None:
@@ -119,7 +143,7 @@ def like(value: Tensor, target: Tensor, name: str) -> Tensor:
     return value.reshape(target.shape)
 
 
-def compare(name: str, actual: object, expected: Tensor, rtol: float) -> None:
+def equal(name: str, actual: object, expected: Tensor, rtol: float) -> None:
     """max|actual - expected| <= rtol · max|expected|; integers and NaN positions exactly."""
     value = torch.as_tensor(actual).detach()
     value = like(value, expected, name)
@@ -134,6 +158,23 @@ def compare(name: str, actual: object, expected: Tensor, rtol: float) -> None:
     if error.numel():
         worst, limit = error.max().item(), rtol * scale.max().item() + ROUNDING
         assert worst <= limit, f"{name}: largest error {worst:.3g} exceeds {limit:.3g} (rtol {rtol:g})"
+
+
+class Displacements:
+    """‖d - d_expected‖ <= rtol · ‖d_expected‖ for what each step moved a parameter, d, by Frobenius norm."""
+
+    def __init__(self, file: File):
+        self.file = file
+        self.last: dict[str, tuple[Tensor, Tensor]] = {}  # by parameter: actual and expected before the step
+
+    def equal(self, name: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
+        parameter = name.rpartition("/")[2]
+        now = actual.detach().clone(), expected.to(actual.dtype)
+        start = self.file[f"init/{parameter}"]
+        moved, wanted = (a - b for a, b in zip(now, self.last.get(parameter, (start, start)), strict=True))
+        error, limit = (moved - wanted).norm().item(), rtol * wanted.norm().item()
+        assert error <= limit, f"{name}: the displacement is off by {error:.3g}, more than {limit:.3g} (rtol {rtol:g})"
+        self.last[parameter] = now
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .registry import File, Layer, adapter, build, find
-from .runner import check, compare
+from .runner import check, equal
 
 
 class Affine(torch.nn.Module):
@@ -110,7 +110,7 @@ def test_an_exact_name_wins_over_a_prefix():
 def test_compare(actual, expected, passes):
     values = torch.tensor(actual, dtype=None if isinstance(expected[0], int) else torch.float64)
     try:
-        compare("a", values, torch.tensor(expected, dtype=values.dtype), 1e-9)
+        equal("a", values, torch.tensor(expected, dtype=values.dtype), 1e-9)
     except AssertionError:
         assert not passes
     else:
