@@ -103,3 +103,9 @@ def test_large_half_precision_does_not_overflow_inside(factories, name):
     layer = built(factories, name).half()
     x = (torch.randn(8, 16, WIDTH) * 2000).half()  # its squares are beyond 65504
     assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in options("norm_layer") if name != "none"])
+def test_a_layer_has_a_channel_at_least(factories, name):
+    with pytest.raises(ValueError, match="needs at least 1 channel; got width 0"):
+        factories[name](0)

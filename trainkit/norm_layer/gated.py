@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from trainkit.norm_layer.rowwise import RowNorm, mean_square, rms_gradient
+from trainkit.norm_layer.rowwise import RowNorm, at_least_float32, full_precision, mean_square, rms_gradient
 
 
 class GatedNorm(RowNorm):
@@ -28,26 +27,70 @@ class GatedNorm(RowNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self.gain, self.down, self.up
-        if torch.compiler.is_compiling():  # compilers store the results of matrix products, several times the size of x
-            return checkpoint(self.by_rows, x, *parameters, use_reentrant=False, preserve_rng_state=False)
+        if torch.compiler.is_compiling():
+            return self.back(GateKept.apply(self, self.rows(x), *parameters))
         return self.by_rows(x, *parameters)
 
     def formula(self, x: Tensor, gain: Tensor, down: Tensor, up: Tensor) -> Tensor:
         z = x * (mean_square(x) + self.eps).rsqrt() * gain
-        hidden = z @ down
-        return z * (hidden * hidden.sigmoid() @ up).sigmoid()
+        return z * self._gate(z @ down, up)
 
     def gradient(self, x: Tensor, gy: Tensor, gain: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         r = (mean_square(x) + self.eps).rsqrt()
         z = (x * r).mul_(gain)
         hidden = z @ down
+        return self.through(x, gy, z, r, hidden, self._gate(hidden, up), gain, down, up)
+
+    def through(self, x, gy, z, r, hidden, gate, gain, down, up) -> tuple[Tensor, ...]:
+        """`gradient`, given what the forward has; may overwrite gate."""
         slope = hidden.sigmoid()
         active = hidden * slope
-        gate = (active @ up).sigmoid_()
         glogit = (gy * z).mul_(torch.addcmul(gate, gate, gate, value=-1))  # sigmoid' = gate - gate²
         ghidden = (glogit @ up.T) * (slope + active * (1 - slope))
-        gx, ggain = rms_gradient(x, gate.mul_(gy).addmm_(ghidden, down.T), r, gain)
+        if torch.compiler.is_compiling():  # the sum is fused with what follows, but not into a matrix product
+            gz = gate * gy + ghidden @ down.T
+        else:
+            gz = gate.mul_(gy).addmm_(ghidden, down.T)
+        gx, ggain = rms_gradient(x, gz, r, gain)
         return gx, ggain, z.T @ ghidden, active.T @ glogit
+
+    @staticmethod
+    def _gate(hidden: Tensor, up: Tensor) -> Tensor:
+        return (hidden * hidden.sigmoid() @ up).sigmoid()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class GateKept(torch.autograd.Function):
+    """A GatedNorm for compilers: x and the gate are kept, one tensor more than LayerNorm keeps.
+
+    Left to themselves they keep the results of all matrix products and what these were made of, several times the size
+    of x; recomputing those would take half of the time again.
+    """
+
+    @staticmethod
+    def forward(ctx, norm: GatedNorm, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        dtype = at_least_float32(x)
+        gain, down, up = (p.to(dtype) for p in parameters)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        with full_precision(x):
+            r = (mean_square(rows) + norm.eps).rsqrt()
+            z = rows * r * gain
+            hidden = z @ down
+            gate = norm._gate(hidden, up).to(x.dtype)
+        ctx.norm = norm
+        ctx.save_for_backward(x, *parameters, r, hidden, gate)
+        return (z * gate).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, gy: Tensor):  # type: ignore[override]
+        x, *parameters, r, hidden, gate = ctx.saved_tensors
+        dtype = r.dtype
+        gain, down, up = (p.to(dtype) for p in parameters)
+        rows, gy_rows = (t.reshape(-1, t.shape[-1]).to(dtype) for t in (x, gy))
+        z = rows * gain * r  # in another order than in the forward: a compiler would take that one, and so keep it
+        with full_precision(x):
+            gx, *rest = ctx.norm.through(rows, gy_rows, z, r, hidden, gate.to(dtype), gain, down, up)
+        gradients = (g.to(p.dtype) for g, p in zip(rest, parameters, strict=True))
+        return None, gx.to(x.dtype).view(x.shape), *gradients

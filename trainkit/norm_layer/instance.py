@@ -13,13 +13,16 @@ class InstanceNorm(nn.Module):
     gain, bias: (width,), left out with affine=False; without running statistics, as torch.nn.InstanceNorm2d by default;
     no difference between train and eval. The first axis is the samples. One position alone gives the bias.
     Takes away what a whole image or text has in common. On tokens it leaks the future, in eval as in training: a
-    position is centred by all later ones. Raises ValueError for an input without positions.
+    position is centred by all later ones. Raises ValueError on a width below 1 and for an input without
+    positions.
     """
 
     leaks = True
 
     def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-5, affine: bool = True):
         super().__init__()
+        if width < 1:
+            raise ValueError(f"norm_layer needs at least 1 channel; got width {width}. Check the model's width")
         self.width, self.axis, self.eps = width, axis, eps
         self.gain = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
@@ -38,8 +41,8 @@ class InstanceNorm(nn.Module):
     def _formula(self, x: Tensor) -> Tensor:
         h = x.movedim(self.axis, -1).to(wide(x.dtype))
         positions = tuple(range(1, x.dim() - 1))
-        h = h - h.mean(positions, keepdim=True)
-        scale = (h.square().mean(positions, keepdim=True) + self.eps).rsqrt()
+        var, mean = torch.var_mean(h, positions, correction=0, keepdim=True)
+        h, scale = h - mean, (var + self.eps).rsqrt()
         if self.gain is not None and self.bias is not None:
             y = torch.addcmul(self.bias, h, scale * self.gain)  # so the gain's gradient needs no pass of its own
         else:

@@ -77,7 +77,9 @@ class Stateful(nn.Module):
         raise NotImplementedError
 
     def expect_statistics(self, rows: int, width: int, *, gradient_rows: int = 0) -> None:
-        """Creates the sums of what `observe` and `observe_gradient` will bring."""
+        """Creates the sums of what `observe` and `observe_gradient` will bring. ValueError on a width below 1."""
+        if width < 1:
+            raise ValueError(f"norm_layer needs at least 1 channel; got width {width}. Check the model's width")
         for prefix, count in (("", rows), ("gradient_", gradient_rows)):
             self.register_buffer(f"{prefix}sums", statistic(count, width), persistent=False)
             self.register_buffer(f"{prefix}weight_sum", statistic(1), persistent=False)  # torch.compile loses a scalar
