@@ -45,12 +45,14 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.peak: float | None = None
-        self.first_step = 0
+        self.first_step = self.last_step = 0
+        self.tokens = 0  # of the steps since the last log, whose batches need not be equally large
         self.started: float | None = None  # when the interval began, moved on by every pause
         self.paused: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
         self.peak, self.started, self.paused = half_peak(trainer), None, None
+        self.last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if self.paused is not None and self.started is not None:
@@ -64,21 +66,23 @@ class Throughput(Callback):
         self._pause(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if trainer.global_step > self.last_step:
+            self.last_step = trainer.global_step
+            self.tokens += pl_module.tokens_per_step or 0
         if not pl_module.due:
             return
         now = _now(trainer)
         if self.started is not None:
             pl_module.record(self._rates(trainer, pl_module, now - self.started))
-        self.started, self.first_step = now, trainer.global_step
+        self.started, self.first_step, self.tokens = now, trainer.global_step, 0
 
     def _pause(self, trainer: Trainer) -> None:
         self.paused = self.paused or _now(trainer)
 
     def _rates(self, trainer: Trainer, task: Task, seconds: float) -> dict[str, float]:
-        steps = (trainer.global_step - self.first_step) / seconds
-        rates = {"steps_per_second": steps}
+        rates = {"steps_per_second": (trainer.global_step - self.first_step) / seconds}
         if task.tokens_per_step is not None:
-            rates["tokens_per_second"] = steps * task.tokens_per_step
+            rates["tokens_per_second"] = self.tokens / seconds
             if task.flops_per_token is not None and self.peak is not None:
                 flops = rates["tokens_per_second"] * task.flops_per_token
                 rates["mfu"] = flops / (self.peak * trainer.world_size)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainkit.optimizer.partition import WORDS
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("norm", "norm_layer", "schedule", "gradient", "projection", "continual", "learner", "data", "task")
 
@@ -40,8 +42,8 @@ def test_each_key_is_a_parameter_of_its_target(path, node):
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    fed = {"takes", "decay", "rest"} if path.parent.name == "optimizer" else set()
-    keys = {k for k in node if not k.startswith("_")} - fed
+    fed = set(WORDS) if path.parent.name == "optimizer" else set()
+    keys = {k for k in node if not k.startswith("_")} - fed - {"defaults"}
     assert keys <= set(parameters), f"{path}: {keys - set(parameters)}"
 
 

@@ -1,5 +1,6 @@
 """Whole runs through the user's door."""
 
+import csv
 import json
 import os
 import subprocess
@@ -11,7 +12,10 @@ import torch
 import yaml
 
 import trainkit
+from trainkit.launch import machine, rundir
 from trainkit.launch.explain import UserError
+from trainkit.launch.preflight import check
+from trainkit.launch.resume import recorded
 from trainkit.report.metrics_file import read
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +55,9 @@ def test_a_run_leaves_what_the_readme_promises(words):
     assert written["status"] == "finished"
     assert written["metrics"]["val/loss"] == result.metrics["val/loss"]
     assert written["versions"]["torch"]
+    # AdamW: two numbers of 4 bytes per parameter, and a step count of 4 bytes per tensor
+    assert written["optimizer_state_bytes"] == 8 * written["parameters"] + 4 * 30
+    assert written["seconds"] > 0
     assert {f"figures/grad_norm_{kind}.png" for kind in ("heatmap", "profile")} <= set(written["figures"])
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["vocab"] == 256
@@ -81,6 +88,53 @@ def test_resume_continues_in_place_as_if_never_stopped(words):
     assert losses(run) == losses(unbroken)
     a, b = (torch.load(d / "checkpoints" / "last.ckpt", weights_only=True) for d in (run, unbroken))
     assert all(torch.equal(a["state_dict"][k], v) for k, v in b["state_dict"].items())
+
+
+def test_a_run_that_was_killed_after_its_last_step_resumes_to_its_result(words):
+    whole = trainkit.run(words)
+    result = json.loads((whole.dir / "result.json").read_text())
+    killed = {k: v for k, v in result.items() if k not in ("metrics", "seconds")} | {"status": "running"}
+    (whole.dir / "result.json").write_text(json.dumps(killed))
+    assert trainkit.run([f"resume={whole.dir}"]).metrics == whole.metrics
+
+
+def test_a_live_run_cannot_be_resumed(words):
+    run = trainkit.run(words).dir
+    held = rundir.lock(run)
+    for word in ("trainer.max_steps=10", "seed=0"):
+        with pytest.raises(UserError, match="is in use by a live run; wait for it or stop it first") as caught:
+            trainkit.run([f"resume={run}", word])
+        assert "\n" not in str(caught.value)
+    rundir.unlock(held)
+
+
+def test_threads_are_recorded_and_kept(words, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "cores", lambda: 3)
+    run = trainkit.run([*words, "trainer.threads=null", "trainer.max_steps=2"]).dir
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["threads"] == torch.get_num_threads() == 3
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    trainkit.run([f"resume={run}", "trainer.max_steps=4"])
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["threads"] == torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_a_csv_log_goes_on_in_the_same_file(words):
+    run = trainkit.run([*words, "logger=csv", "trainer.max_steps=4"]).dir
+    trainkit.run([f"resume={run}", "trainer.max_steps=8"])
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    assert rows == losses(run)
+
+
+def test_words_about_a_replaced_choice_are_not_remembered(words):
+    run = trainkit.run([*words, "schedule=linear", "schedule.final=0.5"]).dir
+    with pytest.raises(UserError, match=r"resume continues a run with data\."):  # not that data has no key 'path'
+        trainkit.run([f"resume={run}", "data=python_source"])
+    for schedule, final in (("linear", 0.5), ("constant", None)):
+        plan = recorded(check([f"resume={run}", f"schedule={schedule}", "trainer.max_steps=8"]))
+        assert plan.configs[0].schedule.get("final") == final
+        assert plan.configs[0].data.path
 
 
 def test_resume_refuses_another_model(words):
@@ -134,6 +188,16 @@ def test_eval_reports_the_runs_own_model_and_leaves_its_metrics_alone(words):
     assert (result.dir / "metrics.jsonl").read_text() == before
 
 
+def test_every_evaluation_is_kept(words):
+    run = trainkit.run(words).dir
+    first = trainkit.run(["mode=eval", f"resume={run}"])
+    kept = (first.dir / "result.json").read_bytes()
+    second = trainkit.run(["mode=eval", f"resume={run}", "checkpoint=best"])
+    assert [result.dir for result in (first, second)] == [run / "eval", run / "eval_2"]
+    assert (first.dir / "result.json").read_bytes() == kept
+    assert json.loads((second.dir / "result.json").read_text())["overrides"][-1] == "checkpoint=best"
+
+
 def test_init_from_starts_a_new_run_from_old_weights(words):
     first = trainkit.run(words)
     second = trainkit.run([*words, f"init_from={first.dir}", "trainer.max_steps=1"])
@@ -172,6 +236,11 @@ MISTAKES = {
     "an unwritable log directory": (["paths.log_dir=/proc/logs"], "paths.log_dir"),
     "a resume directory that is no run": (["resume={tmp}"], "no run directory"),
     "no end": (["trainer.max_steps=-1"], "trainer.max_steps"),
+    "a metric that is not validated": (
+        ["callbacks.checkpoint.monitor=val/lss"],
+        r"callbacks\.checkpoint\.monitor=val/lss .*'val/loss'.*\nthere are: val/bits_per_byte, val/loss",
+    ),
+    "a name that leads elsewhere": (["name=../../x"], r"name=\.\./\.\./x leads out of paths\.log_dir"),
 }
 
 
@@ -203,3 +272,9 @@ def test_a_failure_exits_with_1_and_says_so_on_disk(words, tmp_path):
     assert written["status"] == "failed"
     assert "NonFiniteLoss" in written["reason"]
     assert "Traceback" in (result.parent / "run.log").read_text()
+
+
+def test_a_norm_layer_that_nothing_uses_is_one_warning(words):
+    run = door("norm=rezero", "norm_layer=dyt", *words, "trainer.max_steps=1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("norm_layer=dyt is used by no module") == 1

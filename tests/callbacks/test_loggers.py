@@ -107,18 +107,39 @@ def test_an_idle_logger_leaves_no_file(logger):
 WORDS = {"run_id": "a1", "name": "toy", "config": {}, "group": None, "resumed": False}
 
 
-def test_csv_keeps_the_file_of_an_earlier_start(tmp_path):
-    for value in (1.0, 2.0):
-        logger = csv_logger(run_dir=tmp_path, log_dir=tmp_path, **WORDS)
-        logger.log_metrics({"train/loss": value}, step=10)
-        logger.log_metrics({"train/loss": value, "val/loss": 3.0}, step=20)
-        logger.finalize("success")
-    files = sorted((tmp_path / "csv").rglob("metrics.csv"))
-    assert [path.parent.name for path in files] == ["version_0", "version_1"]
-    with files[0].open() as file:
-        assert [(r["step"], r["train/loss"], r["val/loss"]) for r in csv.DictReader(file)] == [
-            ("10", "1.0", ""), ("20", "1.0", "3.0"),
-        ]  # fmt: skip
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log_both(run_dir: Path, rows: dict[int, dict[str, float]], *, after: int | None = None) -> None:
+    """Logs rows as a run does: metrics.jsonl first, cut behind the step that the run is continued from."""
+    jsonl, logger = JsonlLogger(run_dir), csv_logger(run_dir=run_dir, log_dir=run_dir, **WORDS)
+    if after is not None:
+        jsonl.truncate_after(after)
+    for step, metrics in rows.items():
+        for name, value in metrics.items():
+            for one in (jsonl, logger):
+                one.log_metrics({name: value}, step=step)
+    for one in (jsonl, logger):
+        one.finalize("success")
+
+
+def test_csv_is_the_metrics_file_as_a_table(tmp_path):
+    log_both(tmp_path, {1: {"train/loss": 3.5, "a,b": 1.0}, 2: {"train/loss": 2.5, "val/loss": math.nan}})
+    assert table(tmp_path / "metrics.csv") == [
+        {"step": "1", "train/loss": "3.5", "a,b": "1.0", "val/loss": ""},
+        {"step": "2", "train/loss": "2.5", "a,b": "", "val/loss": "nan"},
+    ]
+
+
+def test_csv_of_a_continued_run_is_one_file_without_the_steps_that_are_done_again(tmp_path):
+    log_both(tmp_path, {10: {"loss": 1.0}, 20: {"loss": 2.0}, 30: {"loss": 3.0}})
+    log_both(tmp_path, {30: {"loss": 4.0}, 40: {"loss": 5.0, "new": 6.0}}, after=20)
+    assert [(row["step"], row["loss"], row["new"]) for row in table(tmp_path / "metrics.csv")] == [
+        ("10", "1.0", ""), ("20", "2.0", ""), ("30", "4.0", ""), ("40", "5.0", "6.0"),
+    ]  # fmt: skip
+    assert len(list(tmp_path.rglob("*.csv"))) == 1
 
 
 def test_tensorboard_is_read_back(tmp_path):

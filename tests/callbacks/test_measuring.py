@@ -49,6 +49,7 @@ def test_gradient_norms_are_of_the_whole_step_and_before_clipping(tmp_path, accu
         assert row["grad_norm/head"] == pytest.approx(norm(gradients, "head"), rel=1e-5)
         assert row["grad_norm/clipped"] == pytest.approx(1e-3, rel=1e-2)
         assert row["grad_norm/global"] > 0.01
+        assert row["grad_norm/global_l1"] == pytest.approx(sum(g.abs().sum().item() for g in gradients.values()), 1e-5)
 
 
 def test_the_learning_rate_is_the_one_that_the_step_was_made_with(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests.schedule.earlier import earlier_run
 from trainkit.launch import preflight as door
 from trainkit.launch.annotation import fits
 from trainkit.launch.compose import CONF, compose, overlay, user_cache
@@ -154,9 +155,11 @@ def test_every_value_in_conf_fits_its_annotation():
 
 
 @pytest.mark.slow
-def test_every_option_composes_and_passes():
+def test_every_option_composes_and_passes(tmp_path):
     needs = {"data=text": ["data.path=x"], "data=hub": ["data.name=x"], "data=digits": ["model=vit"]}
     needs |= {"data=images": ["model=vit", "data.name=x"], "task=classify": ["model=vit"]}
+    run = earlier_run(tmp_path / "run", [1.0] * 9, [1.0] * 9)
+    needs |= {"schedule=refined": [f"schedule.from_run={run}"], "learner=normalized_gd": ["model=vit"]}
     for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
         for file in sorted(folder.glob("*.yaml")):
             word = f"{folder.name}={file.stem}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainkit.measure.grad_norm import grad_norm
+from trainkit.measure.grad_norm import grad_norm, grad_norm_l1
 
 
 def groups(dtype: torch.dtype, *, scale: float = 1.0) -> dict[str, list[nn.Parameter]]:
@@ -94,3 +94,24 @@ def test_gradients_are_only_read():
     grad_norm(given)
     after = [p.grad for group in given.values() for p in group if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
+def test_the_l1_norm_is_the_sum_of_magnitudes(dtype, tolerance):
+    parameters = [p for group in groups(dtype).values() for p in group]
+    magnitudes = sum(p.grad.double().abs().sum().item() for p in parameters if p.grad is not None)
+    found = grad_norm_l1(parameters)
+    assert float(found) == pytest.approx(magnitudes, rel=tolerance)
+    assert (found.ndim, found.dtype) == (0, torch.promote_types(dtype, torch.float32))
+    assert float(grad_norm_l1([nn.Parameter(torch.ones(2))])) == 0.0
+
+
+def test_the_l1_norm_of_an_embedding_does_not_lose_its_last_digits():
+    """Ten million float32 added one by one are off by parts in a thousand."""
+    p = nn.Parameter(torch.zeros(25_000, 400))
+    p.grad = torch.full_like(p, 0.1)
+    assert float(grad_norm_l1([p])) == pytest.approx(float(p.grad[0, 0].double()) * p.numel(), rel=1e-6)
+    p.grad = torch.full((400, 25_000), 0.1).T  # as a tied weight may leave it
+    assert float(grad_norm_l1([p])) == pytest.approx(float(p.grad[0, 0].double()) * p.numel(), rel=1e-6)

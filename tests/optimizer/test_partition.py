@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from tests.menu import build, options
-from trainkit.optimizer.partition import Partition, by_role, roles, split
+from tests.menu import build
+from trainkit.optimizer.partition import Partition, by_role, roles
 
 
 def network() -> nn.Module:
@@ -109,32 +109,3 @@ def test_a_role_without_parameters_and_parameters_without_an_optimizer_are_refus
         by_role(network(), partial(SGD, lr=0.1), takes=["matrix"])
     with pytest.raises(ValueError, match="no trainable parameter"):
         by_role(nn.ReLU(), partial(SGD, lr=0.1))
-
-
-@pytest.mark.parametrize("name", options("optimizer"))
-def test_every_optimizer_of_the_menu_lowers_a_quadratic_and_resumes(name):
-    """Same next steps after save and load; the loss falls."""
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(3)
-        net = nn.Linear(6, 4)
-        factory, words = split(build("optimizer", f"optimizer={name}", "optimizer.lr=0.05"))
-        return net, by_role(net, factory, **words)
-
-    def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
-        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-        loss = torch.tensor(0.0)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = (net(x) - x[:, :4]).square().mean()
-            loss.backward()
-            optimizer.step()
-        return loss.item()
-
-    net, optimizer = make()
-    first, last = train(net, optimizer, 1), train(net, optimizer, 60)
-    assert last < 0.5 * first
-    other, again = make()
-    other.load_state_dict(net.state_dict())
-    again.load_state_dict(deepcopy(optimizer.state_dict()))
-    assert train(net, optimizer, 3) == train(other, again, 3)

@@ -7,7 +7,7 @@ import pytest
 from tests.menu import build, options
 
 
-@pytest.mark.parametrize("name", options("schedule"))
+@pytest.mark.parametrize("name", sorted({*options("schedule")} - {"refined"}))  # its warm-up comes from the norms
 @pytest.mark.parametrize("warmup", [0, 0.1, 30])
 def test_the_peak_is_one_and_nothing_is_negative(name, warmup):
     schedule = build("schedule", f"schedule={name}", f"schedule.warmup={warmup}")(total=300)
@@ -32,6 +32,23 @@ def test_formulas():
     assert linear(25) == 0.75
     wsd = build("schedule", "schedule=wsd", "schedule.warmup=0", "schedule.decay=0.5")(total=100)
     assert (wsd(50), wsd(75)) == (1.0, 0.5)
+    root = build("schedule", "schedule=inverse_sqrt", "schedule.warmup=10")(total=100)
+    assert root(4) == 0.5
+    assert [root(n - 1) for n in (10, 40, 90)] == [1.0, 0.5, pytest.approx(1 / 3)]  # sqrt(W / n)
+    slow = build("schedule", "schedule=inverse_sqrt", "schedule.warmup=10", "schedule.timescale=30")(total=100)
+    assert slow(99) == pytest.approx(0.5)
+    assert build("schedule", "schedule=inverse_sqrt", "schedule.warmup=0")(total=100)(15) == 0.25
+
+
+def test_a_longer_run_goes_on_as_a_shorter_one_began():
+    """The inverse square root does not know where the run ends."""
+    short, long = (build("schedule", "schedule=inverse_sqrt", "schedule.warmup=10")(total=n) for n in (50, 5000))
+    assert [short(step) for step in range(50)] == [long(step) for step in range(50)]
+
+
+def test_a_timescale_of_no_step_is_refused():
+    with pytest.raises(ValueError, match=r"schedule\.timescale must be at least one step; got 0"):
+        build("schedule", "schedule=inverse_sqrt", "schedule.timescale=0")(total=100)
 
 
 def test_a_length_beyond_the_run_is_refused():

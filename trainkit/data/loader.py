@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Protocol
 
@@ -38,6 +38,29 @@ class Share:
             )
         pin = trainer.strategy.root_device.type == "cuda"
         return cls(micro_batch, world, trainer.global_rank, accumulation, pin)
+
+    @property
+    def batch_size(self) -> int:
+        """Items per optimizer step, over all processes and accumulated batches."""
+        return self.micro_batch * self.world * self.accumulation
+
+    def grown(self, batch_size: int, most: int, micro_batch: int) -> Share:
+        """The share of a step of at least `batch_size` items, and of at most `most`; never of fewer than now.
+
+        Each forward pass takes as many more items as that needs, up to `micro_batch`, beyond which more of them are
+        accumulated; rounded up to what the processes can share evenly, or down where that would exceed `most`.
+        """
+        batch_size = min(batch_size, most)
+        micro, accumulation = ceil(batch_size / (self.world * self.accumulation)), self.accumulation
+        if micro > micro_batch:
+            micro, accumulation = micro_batch, ceil(batch_size / (self.world * micro_batch))
+        share = replace(self, micro_batch=micro, accumulation=accumulation)
+        if share.batch_size > most:
+            if accumulation > self.accumulation:
+                share = replace(share, accumulation=accumulation - 1)
+            else:
+                share = replace(share, micro_batch=micro - 1)
+        return share if share.batch_size > self.batch_size else self
 
     def pinned(self, batch: Batch) -> Batch:
         return (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
@@ -97,6 +120,107 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Keeps where the checkpoint stands until the first batch is drawn: before, the trainer has no position."""
         self._saved = state
+
+
+class GrowingLoader:
+    """Batches without end, from the trainer's position on, of a size that may change between two optimizer steps.
+
+    An optimizer step takes the next `share.batch_size` items of its epoch's shuffled order, shared out as TrainLoader
+    does; where fewer are left, they are left out and the next epoch begins. The position is `samples` items into
+    `epoch`, at the optimizer step `since`, plus a batch for every step that the trainer has made after that one; it is
+    part of a checkpoint, and so is the batch size.
+
+    A pass ends when the batch size changes, because the trainer can change its accumulation only then; for the trainer
+    that is an epoch. Its length is never reached.
+    """
+
+    def __init__(self, source: Source, share: Share, *, seed: int, trainer: Trainer):
+        if len(source) < share.batch_size:
+            raise ValueError(f"data.batch_size={share.batch_size} is more than the {len(source)} items there are")
+        self.source, self.share, self.seed, self.trainer = source, share, seed, trainer
+        self.epoch = self.samples = self.seen = self.since = 0
+        self._passing = share  # that of the pass in progress
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def position(self) -> tuple[int, int]:
+        """(epoch, items into it) that the next optimizer step begins at."""
+        steps, batch = self.trainer.global_step - self.since, self.share.batch_size
+        rest = (len(self.source) - self.samples) // batch  # steps that this epoch has room for
+        if steps < rest:
+            return self.epoch, self.samples + steps * batch
+        epochs, steps = divmod(steps - rest, len(self.source) // batch)
+        return self.epoch + 1 + epochs, steps * batch
+
+    def samples_seen(self) -> int:
+        """Items that the optimizer steps so far were made of, over all epochs and processes."""
+        return self.seen + (self.trainer.global_step - self.since) * self.share.batch_size
+
+    def begin(self, share: Share) -> None:
+        """Shares out steps in another way, before the first pass of all."""
+        self.share = self._passing = share
+
+    def grow(self, share: Share) -> None:
+        """Takes steps of another size from the next one on; called between two optimizer steps."""
+        self.seen, (self.epoch, self.samples) = self.samples_seen(), self.position()
+        self.since, self.share = self.trainer.global_step, share
+
+    def __iter__(self) -> Iterator[Batch]:
+        share = self._passing
+        known, draw = -1, None
+        while share is self.share:
+            epoch, begin = self.position()
+            if draw is None or epoch != known:
+                known, draw = epoch, self.source.epoch(self.seed, epoch)
+            for micro in range(share.accumulation):
+                first = begin + (micro * share.world + share.rank) * share.micro_batch
+                yield share.pinned(draw(slice(first, first + share.micro_batch)))
+        self._passing = self.share
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """The position, what follows it, and the numbers that give it its meaning."""
+        epoch, samples = self.position()
+        position = {"epoch": epoch, "samples": samples, "seen": self.samples_seen(), "step": self.trainer.global_step}
+        batch = {"batch_size": self.share.batch_size, "accumulation": self.share.accumulation}
+        # Whether the batch has changed and the pass of the old one has not ended yet.
+        return {
+            **position,
+            **batch,
+            "ending": self._passing is not self.share,
+            "items": len(self.source),
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Raises ValueError where the checkpoint is of other data, or its batch cannot be shared out here."""
+        here = {"items": len(self.source), "seed": self.seed}
+        if any(state.get(name) != value for name, value in here.items()):
+            raise ValueError(
+                "a resumed run must keep its data, seed, data.context and whether its batch grows: the checkpoint has "
+                f"{state}, this run {here}. Undo the change, or start a new run with init_from="
+            )
+        accumulation = int(state["accumulation"])
+        micro_batch, left = divmod(int(state["batch_size"]), self.share.world * accumulation)
+        if left:
+            raise ValueError(
+                f"the run to be resumed has grown its batch to {state['batch_size']}, in {accumulation} accumulated "
+                f"batches, which {self.share.world} processes cannot share evenly; use as many as before"
+            )
+        self.epoch, self.samples, self.seen = (int(state[name]) for name in ("epoch", "samples", "seen"))
+        self.since = int(state["step"])
+        share = replace(self.share, micro_batch=micro_batch, accumulation=accumulation)
+        self._passing, self.share = (self.share, share) if state["ending"] else (share, share)
+
+
+def train_loader(
+    source: Source, share: Share, *, seed: int, trainer: Trainer | None, growing: bool
+) -> TrainLoader | GrowingLoader:
+    """The loader of a training set, of the kind whose batches can grow if `growing`."""
+    if growing:
+        assert trainer is not None
+        return GrowingLoader(source, share, seed=seed, trainer=trainer)
+    return TrainLoader(source, share, seed=seed, trainer=trainer)
 
 
 class FixedLoader:

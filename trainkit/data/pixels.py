@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainkit.data.loader import FixedLoader, Share, TrainLoader
+from trainkit.data.loader import FixedLoader, GrowingLoader, Share, TrainLoader, train_loader
 
 
 class Split(NamedTuple):
@@ -39,6 +39,8 @@ class Pixels(LightningDataModule):
     pad: int = 4
     image: list[int] | None = None
     classes: int | None = None
+
+    growing = False  # set by a callback that makes batches larger while the run goes on
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -84,8 +86,8 @@ class Pixels(LightningDataModule):
         """This process's part of a step. Raises ValueError where batch_size cannot be shared out evenly."""
         return Share.of(self.trainer, self.batch_size)
 
-    def train_dataloader(self) -> TrainLoader:
-        return TrainLoader(Shuffled(self), self.share(), seed=self.seed, trainer=self.trainer)
+    def train_dataloader(self) -> TrainLoader | GrowingLoader:
+        return train_loader(Shuffled(self), self.share(), seed=self.seed, trainer=self.trainer, growing=self.growing)
 
     def val_dataloader(self) -> FixedLoader:
         return self._all("val")

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from trainkit.data.corpus import Corpus, key, prepare
 from trainkit.data.documents import Document
 from trainkit.data.encoding import write
-from trainkit.data.loader import FixedLoader, Share, TrainLoader
+from trainkit.data.loader import FixedLoader, GrowingLoader, Share, TrainLoader, train_loader
 from trainkit.data.tokenizer import Codec, codec_fingerprint, load_codec, make_codec
 from trainkit.data.windows import Windows, gather, spread, windows_per_epoch
 
@@ -44,6 +44,8 @@ class Tokens(LightningDataModule):
     vocab: int | None = None
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
+
+    growing = False  # set by a callback that makes batches larger while the run goes on
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -100,9 +102,9 @@ class Tokens(LightningDataModule):
         """This process's part of a step. Raises ValueError where batch_size cannot be shared out evenly."""
         return Share.of(self.trainer, self.batch_size)
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | GrowingLoader:
         windows = Windows(self.corpus.open("train"), self.context)
-        return TrainLoader(windows, self.share(), seed=self.seed, trainer=self.trainer)
+        return train_loader(windows, self.share(), seed=self.seed, trainer=self.trainer, growing=self.growing)
 
     def val_dataloader(self) -> FixedLoader:
         return self._fixed("val", self.val_batches)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from trainkit.gradient.norms import norms, total
+
 
 class Clip:
     """g <- g · min(1, max_norm / (‖g‖ + 1e-6)), ‖g‖ the L2 norm over all parameters; in place, one foreach pass.
@@ -18,8 +20,7 @@ class Clip:
         self.max_norm = max_norm
 
     def __call__(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        norms = [n.float() if n.dtype in (torch.float16, torch.bfloat16) else n for n in torch._foreach_norm(gradients)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = total(norms(gradients))
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
         return {"grad_norm/clipped": norm * factor}

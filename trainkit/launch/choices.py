@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean, listed, shown
-from trainkit.launch.sources import Folders, Source
+from trainkit.launch.sources import Folders, Source, owners
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
 MANY = ("callbacks", "logger")  # groups of named listeners, of which several may be chosen
+ON_ERROR = ("continue", "stop")
 OVERLAYS = ("experiment", "debug")  # they pin a whole run: what they choose beats a companion, not the command line
 
 
 def check_sweep(word: Override, multirun: bool) -> None:
     """A sweep needs -m, and sweeps only what belongs to a job."""
+    key, typed = word.key_or_group, word.input_line
+    of_the_sweep = key == "sweep" or key.startswith("sweep.")
+    if of_the_sweep and not multirun:
+        raise UserError(f"{typed} is about a sweep: add -m (python run.py -m {typed} …), or leave it out for one run")
     if not word.is_sweep_override():
         return
-    key, typed = word.key_or_group, word.input_line
-    if word.is_hydra_override():
+    if word.is_hydra_override() or of_the_sweep or key == "paths.run_dir":
         raise UserError(f"{typed}: {key} belongs to the whole sweep and has one value")
     if not multirun:
         value = (typed or "").partition("=")[2]
         raise UserError(
             f"{typed} is a sweep, one job for each value: add -m (python run.py -m {typed})",
             f"if a list is meant, write {key}=[{value}]" if "(" not in value else "",
+        )
+
+
+def check_jobs(cfg: DictConfig) -> None:
+    """What is said about the sweep as a whole can be done; cfg: of its first job."""
+    settings = cfg.sweep
+    if settings.on_error not in ON_ERROR:
+        raise UserError(f"sweep.on_error is {' or '.join(ON_ERROR)}; got {shown(settings.on_error)}")
+    if settings.jobs < 1:
+        raise UserError(f"sweep.jobs counts the jobs that run at the same time, at least 1; got {settings.jobs}")
+    if not isinstance(settings.resume, (str, type(None))):
+        raise UserError(f"sweep.resume is the directory of a sweep, or last; got {shown(settings.resume)}")
+    if cfg.mode == "train" and cfg.resume:
+        raise UserError(
+            f"resume={cfg.resume} goes on with one run, and a sweep starts one run for each job",
+            f"to start them all from its weights: init_from={cfg.resume}; to go on with a sweep: sweep.resume=last",
         )
 
 
@@ -55,6 +76,18 @@ def check_choice(word: Override, folders: Folders, standing: Collection[str]) ->
                 listed(f"options of {group}", options),
                 f"'{name}' is an option of {elsewhere[0]}: {elsewhere[0]}={name}" if elsewhere else "",
             )
+
+
+def check_inner(word: Override, folders: Folders, chosen: Mapping[str, Any]) -> None:
+    """A group within a group (optimizer/base) needs an option that chooses from it. chosen: what else is, by group."""
+    inner, typed = word.key_or_group, word.input_line
+    group = inner.rpartition("/")[0]
+    having = owners(inner, folders) if group else []
+    if having and str(chosen.get(group)) not in having:
+        raise UserError(
+            f"{typed}: {group}={chosen.get(group)} takes no {inner}",
+            f"choose one that does: {' or '.join(f'{group}={option}' for option in having)}",
+        )
 
 
 def check_companions(job: Composition) -> None:

@@ -79,10 +79,12 @@ def choose(words: list[str]) -> DictConfig:
         cfg.choices = {group: option for group, option in chosen.items() if not str(group).startswith("hydra/")}
     raw = Composition(cfg).raw
     for wish, settings in raw["prefers"].items():
-        group, _, option = wish.partition("=")
-        for key, value in leaves(settings, group):
-            if exists(raw, key) and option in ("", chosen.get(group)):
-                OmegaConf.update(cfg, key, value)
+        outer, _, option = wish.partition("=")
+        # What is wished of an optimizer is wished of the one within it, too: optimizer/base.
+        for group in (outer, *(inner for inner in raw["choices"] if inner.startswith(f"{outer}/"))):
+            for key, value in leaves(settings, group.replace("/", ".")):
+                if exists(raw, key) and option in ("", chosen.get(group)):
+                    OmegaConf.update(cfg, key, value)
     return cfg
 
 

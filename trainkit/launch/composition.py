@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch.explain import UserError, explained, listed
-from trainkit.launch.sources import Folders, Source, place, sources
+from trainkit.launch.sources import Folders, Source, place, sources, with_includes
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -105,9 +105,8 @@ def options_with(key: str, group: str, folders: Folders) -> list[str]:
     """The options of `group` whose files set `key`."""
     found = []
     for option in folders.options(group):
-        path = folders.file(group, option)
         with explained(f"{group}={option}"):
-            if path and Source(f"{group}={option}", path, group).has(key):
+            if any(source.has(key) for source in with_includes(group, option, folders)):
                 found.append(option)
     return found
 

@@ -24,15 +24,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from trainkit.launch import rundir, versions
+from trainkit.launch.children import die_with
 from trainkit.launch.compose import overlay
 from trainkit.launch.console import log, show, to_file, to_terminal
 from trainkit.launch.explain import UserError
+from trainkit.launch.footprint import footprint
+from trainkit.launch.machine import default_threads
+from trainkit.launch.monitors import check_monitors
 from trainkit.launch.preflight import check_config
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
+from trainkit.launch.unused import unused_norm_layer
 from trainkit.launch.weights import from_run, give_form, initialize
 from trainkit.optimizer.partition import describe
+from trainkit.report.metrics_file import readable
 from trainkit.task.base import Task
 
 
@@ -50,6 +56,8 @@ def execute(cfg: DictConfig, overrides: list[str]) -> Result:
     from trainkit.launch.convert import convert  # made of the parts below
 
     to_terminal()
+    if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:  # so rank 0 started this process
+        die_with(rundir.read_json(Path(os.environ[rundir.SHARED_DIR], "result.json"))["pid"])
     return {"train": train, "eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
 
 
@@ -58,6 +66,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
     previous = _previous(cfg)
     if previous is not None:
         continues(cfg, previous)
+    fix_threads(cfg, previous)
     with mistakes():
         data = build_data(cfg)
         task = build_task(cfg)
@@ -66,7 +75,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
         else:
             initialize(task, cfg)
         run = locate(cfg, overrides, previous)
-        trainer = build_trainer(cfg, run.dir)
+        trainer = build_trainer(cfg, task, run.dir)
         data.trainer = trainer
         data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
         checkpoint = run.checkpoint()
@@ -78,15 +87,22 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
         if run.primary:
             save_config(cfg, run.dir / "config.yaml")
             show(opening(cfg, run, describe(task.model)))
+            idle = unused_norm_layer(overrides, make(cfg, "norm_layer"), cfg.model.get("width", 64), task.model)
+            if idle:
+                log.warning("warning: %s", idle)
         try:
+            began = time.perf_counter()
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            run.result["seconds"] = run.before.get("seconds", 0.0) + time.perf_counter() - began
+            run.result |= footprint(task.model, trainer.optimizers)
             metrics = _numbers(trainer)
             if trainer.state.finished:
                 trainer.test(task, datamodule=data, verbose=False)
                 metrics |= _numbers(trainer)
         finally:
             finish_loggers(loggers)
-        metrics = run.result.get("metrics", {}) | metrics
+        if run.resumed:  # it may have been stopped after its last step, or before it wrote what it knew
+            metrics = _logged(run.dir) | metrics
         run.result |= {"status": "finished", "reason": "the run reached its end", "metrics": metrics}
         run.result["figures"] = sorted(str(p.relative_to(run.dir)) for p in run.dir.glob("figures/*.png"))
         if run.primary:
@@ -95,17 +111,21 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
-    """A run's own configuration and weights on its validation and test sets; written to <run>/eval/ alone."""
+    """A run's own configuration and weights on its validation and test sets.
+
+    Written to paths.run_dir, else to <run>/eval, or eval_2, eval_3, … where that has been done before.
+    """
     directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
     own = overlay(load_config(directory / "config.yaml"), overrides)
     check_config(own, plugins=list(cfg.plugins))
-    target = directory / "eval"
+    with mistakes():
+        data = build_data(own)
+        task = build_task(own)
+        from_run(task, directory, checkpoint=own.checkpoint, form=own.to)
+    target = rundir.given(cfg.paths.run_dir) if cfg.paths.run_dir else rundir.next_dir(directory / "eval")
     rundir.make(target)
     with to_file(target / "run.log"):
         with mistakes():
-            data = build_data(own)
-            task = build_task(own)
-            from_run(task, directory, checkpoint=own.checkpoint, form=own.to)
             trainer = make(own, "trainer")(callbacks=[], run_dir=target)
         metrics: dict[str, float] = {}
         with mistakes():
@@ -175,8 +195,23 @@ def finish_loggers(loggers: list[Logger]) -> None:
             logger.finish(exit_code=int(failed))  # type: ignore[attr-defined]
 
 
-def build_trainer(cfg: DictConfig, directory: Path) -> Trainer:
+def fix_threads(cfg: DictConfig, previous: Path | None) -> None:
+    """Sets this process's threads, and the configuration's where it leaves them open.
+
+    The number decides over the last bits of a sum, so a run keeps the one that it began with.
+    """
+    if "threads" not in cfg.trainer:
+        return
+    if cfg.trainer.threads is None:
+        began = previous or os.environ.get(rundir.SHARED_DIR)  # the second: this is a further rank of that run
+        before = load_config(Path(began, "config.yaml")).trainer.get("threads") if began else None
+        cfg.trainer.threads = before or default_threads(cfg.trainer.get("devices", 1))
+    torch.set_num_threads(max(1, cfg.trainer.threads))
+
+
+def build_trainer(cfg: DictConfig, task: Task, directory: Path) -> Trainer:
     callbacks = make(cfg, "callbacks") or {}
+    check_monitors(callbacks, task)
     return make(cfg, "trainer")(callbacks=list(callbacks.values()), run_dir=directory)
 
 
@@ -191,10 +226,7 @@ def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
     if previous is not None:
         directory, before = previous, rundir.read_json(previous / "result.json")
     elif cfg.paths.run_dir:
-        directory, before = Path(cfg.paths.run_dir), {}
-        if directory.exists() and any(directory.iterdir()):
-            remedy = f"continue it with resume={directory}" if rundir.is_run(directory) else "name a new one"
-            raise UserError(f"paths.run_dir: {str(directory)!r} is not empty, and a run overwrites nothing; {remedy}")
+        directory, before = rundir.given(cfg.paths.run_dir), {}
     else:
         directory, before = rundir.new_dir(cfg.paths.log_dir, cfg.name or cfg.choices.model), {}
     # Drawn from the system and not from `random`, which the seed makes the same in every run.
@@ -284,7 +316,16 @@ def _previous(cfg: DictConfig) -> Path | None:
     return rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
 
 
+def _logged(directory: Path) -> dict[str, float]:
+    """The same of what stands in the run's metrics.jsonl, as precise as the trainer keeps it."""
+    last = {name: value for row in readable(directory / "metrics.jsonl") for name, value in row.items()}
+    return {name: float(torch.tensor(value)) for name, value in last.items() if name != "step" and _is_final(name)}
+
+
 def _numbers(trainer: Trainer) -> dict[str, float]:
     """The last value of everything logged, per-layer values left out: those are in metrics.jsonl."""
-    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {name: value for name, value in values.items() if not name.startswith("grad_norm/") or name.count("/") == 0}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if _is_final(name)}
+
+
+def _is_final(name: str) -> bool:
+    return not name.startswith("grad_norm/")

@@ -6,15 +6,18 @@ a list of them. W&B has a file of its own, wandb.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import IO, Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from trainkit.report.metrics_file import Row, line, parse
+from trainkit.launch.rundir import write_text
+from trainkit.report.metrics_file import Row, line, parse, readable
 
 
 class JsonlLogger(Logger):
@@ -89,9 +92,68 @@ class JsonlLogger(Logger):
         file.truncate(end)
 
 
-def csv_logger(*, run_dir: Path, **_: Any) -> CSVLogger:
-    """<run_dir>/csv/version_<n>/metrics.csv, one version for every time the run was started."""
-    return CSVLogger(save_dir=run_dir, name="csv", flush_logs_every_n_steps=1)
+class CsvLogger(Logger):
+    """Writes <run_dir>/metrics.csv: the rows of metrics.jsonl as a table, one column per metric.
+
+    A metric that was not there before adds a column: the file is then made anew from metrics.jsonl, as it is when a
+    run is continued, so one file holds the whole run. Stands behind JsonlLogger, which has the row of a call already.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        super().__init__()
+        self.source, self.path = Path(run_dir) / "metrics.jsonl", Path(run_dir) / "metrics.csv"
+        self._columns: list[str] = []
+        self._start = 0  # where the last row begins
+        self._last: Row = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        step = self._last.get("step", 0) if step is None else int(step)
+        if not self._columns or not set(metrics) <= set(self._columns):
+            self._rebuild()
+            return
+        with self.path.open("r+b") as file:
+            if step != self._last.get("step"):
+                self._start, self._last = file.seek(0, 2), {"step": step}
+            self._last |= metrics
+            file.seek(self._start)
+            file.write(self._text([self._last]).encode())
+            file.truncate()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in config.yaml, next to this file."""
+
+    def _rebuild(self) -> None:
+        rows = readable(self.source)
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        head = self._text([{name: name for name in self._columns}, *rows[:-1]])
+        self._start, self._last = len(head.encode()), rows[-1]
+        write_text(self.path, head + self._text(rows[-1:]))
+
+    def _text(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        for row in rows:
+            table.writerow([_plain(row.get(name, "")) for name in self._columns])
+        return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int)) else float(value)
+
+
+def csv_logger(*, run_dir: Path, **_: Any) -> CsvLogger:
+    """<run_dir>/metrics.csv, one row per logging step."""
+    return CsvLogger(run_dir)
 
 
 def tensorboard_logger(*, run_dir: Path, **_: Any) -> TensorBoardLogger:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 from trainkit.launch.definition import docstring
-from trainkit.launch.sources import CONF, Folders, Source, default_groups
+from trainkit.launch.sources import CONF, Folders, Source, default_groups, owners
 from trainkit.launch.suggest import OURS
 
 WIDTH = 100
@@ -41,9 +42,12 @@ def catalogue() -> tuple[Entry, ...]:
 
 
 def groups() -> list[str]:
-    """The groups in the order of conf/config.yaml's defaults list, then those that it leaves out."""
+    """The groups in the order of conf/config.yaml's defaults list, then those that it leaves out.
+
+    Groups within groups, such as optimizer/base, are left out: they offer again what the outer one offers.
+    """
     in_order = list(default_groups())
-    return in_order + [group for group in Folders().groups if group not in in_order]
+    return in_order + [group for group in Folders().groups if group not in in_order and "/" not in group]
 
 
 def _entry(group: str, option: str, folders: Folders) -> Entry:
@@ -52,8 +56,10 @@ def _entry(group: str, option: str, folders: Folders) -> Entry:
     source = Source(f"{group}={option}", path, group)
     target = _own_target(source, group)
     module, own = docstring(target) if target else ("", "")
+    named = f"trainkit.{group}.{option}."
     ours = target.startswith("trainkit.") and not target.startswith("trainkit.launch.")
-    # A plugin speaks for itself; what many files share, or is another library's, is told apart by the file's header.
+    ours = ours and (target.startswith(named) or not _header(source))
+    # A plugin speaks for itself; what several files share, or is another library's, is told apart by the file's header.
     line = (_first(module) if ours else _header(source)) or _first(own) or _header(source) or target
     arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", f"{module}\n{own}" if ours else _header(source))
     return Entry(group, option, line, arxiv[1] if arxiv else None)
@@ -97,6 +103,17 @@ def _group_lines(bold: bool) -> Iterator[str]:
         for entry in entries:
             mark = "*" if entry.option == defaults.get(group) else " "
             yield cut(f"  {mark} {entry.option:{width}}  {_without_citation(entry.line)}")
+        yield from _inner_lines(group)
+
+
+def _inner_lines(group: str) -> Iterator[str]:
+    """The groups within a group, for the options that have one: the names alone, as they are explained above them."""
+    folders = Folders()
+    for inner in (name for name in folders.groups if name.startswith(f"{group}/")):
+        having = [f"{group}={option}" for option in owners(inner, folders)]
+        yield f"    with {' or '.join(having)}:"
+        names = textwrap.wrap(f"{inner}= {' '.join(folders.options(inner))}", WIDTH - 6, subsequent_indent="  ")
+        yield from (f"      {line}" for line in names)
 
 
 def _key_lines(bold: bool) -> Iterator[str]:

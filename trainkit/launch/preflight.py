@@ -14,14 +14,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch import words
-from trainkit.launch.choices import check_choice, check_companions, check_sweep
+from trainkit.launch import rundir, words
+from trainkit.launch.choices import check_choice, check_companions, check_inner, check_jobs, check_sweep
 from trainkit.launch.compose import assign, choose, is_value, register_resolvers, search
 from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean
+from trainkit.launch.from_run import check_from_run, settled
+from trainkit.launch.guards import check_guards
 from trainkit.launch.sources import Folders, default_groups
 from trainkit.launch.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
-from trainkit.launch.values import check_missing, check_nodes, check_top, check_value
+from trainkit.launch.values import check_missing, check_nodes, check_share, check_top, check_value
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -31,7 +33,7 @@ __all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "pr
 
 MODES = ("train", "eval", "convert")
 FROM_RUN = ("eval", "convert")  # these take the configuration of an earlier run, named by resume=
-OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep")
+OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep", "sweep.")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Plan:
     """What a command line asks for: the words and the configuration of each job, all of them checked.
 
     passthrough: the answer is Hydra's own (--info, --hydra-help, --cfg hydra, ...). launcher: the option of
-    hydra/launcher; with "basic" a sweep is ours to run.
+    hydra/launcher; with "basic" a sweep is ours to run. words: what was typed, before it was expanded to jobs.
     """
 
     overrides: list[list[str]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Plan:
     multirun: bool = False
     passthrough: bool = False
     launcher: str = "basic"
+    words: list[str] = field(default_factory=list)
 
 
 def preflight(argv: Sequence[str]) -> Plan:
@@ -94,13 +97,25 @@ def check(argv: Sequence[str]) -> Plan:
     jobs = words.jobs(parsed) if line.multirun else [line.overrides]
     compose = _remembering(choose) if line.multirun else choose
     configs = [_check_job(job, folders, compose) for job in jobs]
+    if line.multirun:
+        check_jobs(configs[0])
     return Plan(
-        overrides=[[word for word in job if not word.startswith(OF_THE_SWEEP)] for job in jobs],
+        overrides=[
+            settled([word for word in job if not word.startswith(OF_THE_SWEEP)], cfg)
+            for job, cfg in zip(jobs, configs, strict=True)
+        ],
         configs=configs,
         multirun=line.multirun,
         passthrough=line.for_hydra,
         launcher=next((str(w.value()) for w in reversed(parsed) if w.key_or_group == "hydra/launcher"), "basic"),
+        words=line.overrides,
     )
+
+
+def check_each(jobs: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """The configurations of jobs that are given one by one, checked. Raises UserError for the first mistake found."""
+    compose = _remembering(choose)
+    return [_check_job(list(job), search(job), compose) for job in jobs]
 
 
 def check_config(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> None:
@@ -121,8 +136,13 @@ def check_config(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> None:
 def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[str]], DictConfig]) -> DictConfig:
     parsed = words.parse(job_words, folders)
     values = [word for word in parsed if is_value(word, folders)]
-    chosen = [word.input_line or "" for word in parsed if word not in values]
-    job = Composition(compose(chosen), folders, parsed)
+    choices = [word for word in parsed if word not in values]
+    try:
+        job = Composition(compose([word.input_line or "" for word in choices]), folders, parsed)
+    except UserError:
+        for word in choices:
+            check_inner(word, folders, default_groups() | {word.key_or_group: word.value() for word in choices})
+        raise
     from_run = any(word.key_or_group == "mode" and word.value() in FROM_RUN for word in values)
     for word in values:
         group = word.key_or_group.split(".")[0]
@@ -145,6 +165,12 @@ def check_mode(job: Composition) -> None:
         raise UserError(f"mode={mode} works on an earlier run: add resume=DIR, or resume=last for the newest")
 
 
+def check_name(job: Composition) -> None:
+    """Runs stay where they are looked for."""
+    if job.resolved.get("name") is not None:
+        rundir.home(str(job.resolved["paths"]["log_dir"]), str(job.resolved["name"]))
+
+
 def check_targets_and_plugins(job: Composition) -> None:
     """A composed configuration is the user's own, so its `plugins` count."""
     plugins = job.resolved["plugins"]
@@ -158,8 +184,12 @@ CHECKS = (
     check_nodes,
     check_missing,
     check_top,
+    check_name,
     check_targets_and_plugins,
     check_parameters,
+    check_guards,
+    check_share,
+    check_from_run,
 )
 
 

@@ -98,7 +98,7 @@ def continues(cfg: DictConfig, directory: Path) -> None:
     for name in FACTS:
         if name in cfg.data and before.data.get(name) is not None:
             OmegaConf.update(cfg, f"data.{name}", before.data[name])
-    for group in ("model", "norm", "norm_layer", "data", "seed", "to", "optimizer._target_"):
+    for group in ("model", "norm", "norm_layer", "data", "seed", "to", "optimizer._target_", "optimizer.base._target_"):
         now, then = (OmegaConf.select(c, group) for c in (cfg, before))
         pairs = [pair for pair in _differences(now, then, group) if not pair[0].endswith(".cache_dir")]
         if pairs:

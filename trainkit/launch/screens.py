@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from trainkit.launch.composition import select
 from trainkit.launch.runconfig import plain
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def opening(cfg: DictConfig, run: Run, parameters: str) -> Tree:
     tree = Tree(f"[bold]{'continuing' if run.resumed else 'run'}[/] {run.dir}")
     settings = plain(cfg)
     for group, option in cfg.choices.items():
-        node = settings.get(group)
+        node = select(settings, group.replace("/", "."))
         if group not in OWN and option is not None:
             tree.add(f"[bold]{group}[/]: {option}{_inline(node)}")
     if cfg.get("to"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -53,11 +53,15 @@ def folder_of(entry: str) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """One YAML file that was read: by whose choice (`model=vit`), and the node its keys land in (package)."""
+    """One YAML file that was read: by whose choice (`model=vit`), and the node its keys land in (package).
+
+    at: the package that a file which includes it gives it (`/optimizer/sgd@_here_`), instead of its own.
+    """
 
     choice: str
     path: Path
     group: str = ""
+    at: str | None = None
 
     @cached_property
     def text(self) -> str:
@@ -72,6 +76,8 @@ class Source:
 
     @property
     def package(self) -> str:
+        if self.at is not None:
+            return self.at
         header = re.search(r"^#\s*@package\s+(\S+)", self.text, re.MULTILINE)
         name = header[1] if header else "_group_"
         return "" if name == "_global_" else name.replace("_group_", self.group.replace("/", "."))
@@ -110,11 +116,16 @@ class Source:
         inner = key.removeprefix(self.package).removeprefix(".")
         return inner.split(".") if inner else []
 
+    def here(self, group: str, option: str) -> bool:
+        """Whether it includes that file with @_here_, so that its keys land where this file's do."""
+        names = (f"{option}@_here_", f"/{group}/{option}@_here_")
+        return any(entry in names for entry in self.data.get("defaults") or () if isinstance(entry, str))
+
     def defaults(self) -> Iterator[tuple[str, Any, bool]]:
         """The entries of its defaults list: (group, option, whether it overrides another file's choice)."""
         for entry in self.data.get("defaults") or ():
             if isinstance(entry, str):
-                group, _, option = _absolute(entry, self.group).rpartition("/")
+                group, _, option = _absolute(entry.split("@")[0], self.group).rpartition("/")
                 yield group, option, False
             elif isinstance(entry, dict):
                 for words, option in entry.items():
@@ -136,20 +147,42 @@ def sources(choices: Mapping[str, Any], folders: Folders) -> list[Source]:
     order = list(default_groups())
     for group, options in sorted(choices.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1):
         for option in options if isinstance(options, list) else [options]:
-            found.extend(_with_includes(f"{group}={option}", group, option, folders, depth=0))
+            found.extend(with_includes(group, option, folders, choices))
     return found
 
 
-def _with_includes(choice: str, group: str, option: Any, folders: Folders, depth: int) -> Iterator[Source]:
+def with_includes(group: str, option: Any, folders: Folders, choices: Container[str] = ()) -> Iterator[Source]:
+    """The file of an option after those that it includes, but for groups within it that `choices` has."""
+    yield from _with_includes(f"{group}={option}", group, option, folders, choices)
+
+
+def _with_includes(
+    choice: str,
+    group: str,
+    option: Any,
+    folders: Folders,
+    choices: Container[str],
+    at: str | None = None,
+    depth: int = 0,
+) -> Iterator[Source]:
     path = folders.file(group, str(option))
     if path is None or depth > 10:
         return
-    source = Source(choice, path, group)
+    source = Source(choice, path, group, at)
     for inner, name, is_override in source.defaults():
-        if not is_override and name != "_self_":
+        if not is_override and name != "_self_" and not (inner in choices and inner.startswith(f"{group}/")):
             for one in name if isinstance(name, list) else [name]:
-                yield from _with_includes(choice, inner, one, folders, depth + 1)
+                where = source.package if source.here(inner, one) else None
+                yield from _with_includes(choice, inner, one, folders, choices, where, depth + 1)
     yield source
+
+
+def owners(inner: str, folders: Folders) -> list[str]:
+    """The options of `optimizer` that choose from `optimizer/base`, and so for any other group within a group."""
+    group = inner.rpartition("/")[0]
+    files = {option: folders.file(group, option) for option in folders.options(group)}
+    sources = {option: Source(f"{group}={option}", path, group) for option, path in files.items() if path}
+    return [option for option, source in sources.items() if inner in {name for name, *_ in source.defaults()}]
 
 
 def default_groups() -> dict[str, Any]:

@@ -19,6 +19,9 @@ def unknown(typed: str, key: str, job: Composition, raw: dict[str, Any]) -> list
         return [f"{typed}: {node} reads ${{{reads}}}; set {reads}{key.removeprefix(node)} instead"]
     parent, _, name = key.rpartition(".")
     node = select(raw, parent)
+    deeper = [inner for inner, *_ in walk(node) if inner.rpartition(".")[2] == name] if parent else []
+    if deeper:
+        return [f"{typed}: {parent} has no key '{name}'; did you mean '{parent}.{deeper[0]}'?"]
     if parent and isinstance(node, dict) and (hint := _other_option(key, job)):
         return [f"{typed}: {parent} has no key '{name}'", hint]
     sibling = nearest(name, _siblings(parent, raw, job))
@@ -48,9 +51,11 @@ def _siblings(parent: str, raw: dict[str, Any], job: Composition) -> Iterable[st
 
 
 def _other_option(key: str, job: Composition) -> str:
-    """Which options of the group have the key that the chosen one lacks."""
-    group = key.split(".")[0]
-    having = options_with(key, group, job.folders) if group in job.choices else []
+    """Which options of the group have the key that the chosen one lacks; optimizer/base goes before optimizer."""
+    parts = key.split(".")
+    above = ("/".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
+    group = next((group for group in above if group in job.choices), "")
+    having = options_with(key, group, job.folders) if group else []
     return f"{key} exists with {group}={' or '.join(having)}; chosen is {group}={job.choices[group]}" if having else ""
 
 

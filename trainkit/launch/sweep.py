@@ -1,22 +1,36 @@
-"""`-m`: every job in a process of its own, one after another, and a table at the end."""
+"""`-m`: every job in a process and a directory of its own, so many at a time, and what they came to at the end."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from trainkit.launch import rundir
+from trainkit.launch.children import LEFT_OVER, Child, end
 from trainkit.launch.console import log, show, to_terminal
+from trainkit.launch.explain import UserError, shorten
+from trainkit.launch.machine import default_threads, gpus
 from trainkit.launch.preflight import Plan
+from trainkit.launch.summary import clock, label, table, varied, write
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 # What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
 FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 FOREIGN += ("MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_RESUME", rundir.SHARED_DIR)
+
+POLL = 0.05  # seconds between two looks at the children
+GRACE = 30.0  # seconds that interrupted jobs may take to end by themselves
 
 
 def clean_environment() -> dict[str, str]:
@@ -25,57 +39,281 @@ def clean_environment() -> dict[str, str]:
 
 
 def sweep(plan: Plan) -> int:
-    """Runs the jobs of a checked plan; returns 0 when all of them finished, else 1.
+    """Runs the jobs of a checked plan; returns 0 when all of them finished, 1 when any did not, 128 + n after signal n.
 
-    Each job is a child process with a clean environment and the directory <sweep>/<number>; sweep.json is kept up to
-    date after each, so that an interrupted sweep still says what it did.
+    A job is a child process with a clean environment and the directory <sweep>/<number>. sweep.json is rewritten
+    after every change, so an interrupted sweep still says what it did and `sweep.resume` goes on from there.
     """
     to_terminal()
     first = plan.configs[0]
-    directory = rundir.new_dir(first.paths.log_dir, first.name or first.choices.model)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError("a sweep starts its processes itself: call run.py -m without torchrun, with trainer.devices=N")
+    resumed = first.sweep.resume is not None
+    if resumed:
+        directory = rundir.find_sweep(first.sweep.resume, first.paths.log_dir, first.name)
+    elif first.paths.run_dir:
+        directory = rundir.given(first.paths.run_dir)
+    else:
+        directory = rundir.new_dir(first.paths.log_dir, first.name or first.choices.model)
+    parallel = first.sweep.jobs > 1 and len(plan.configs) > 1
+    there = gpus() if parallel and any(_may_use_gpus(cfg) for cfg in plan.configs) else []
+    needs = [need(cfg, there, first.sweep.jobs) for cfg in plan.configs]
     rundir.make(directory)
-    varied = _varied(plan.overrides)
-    jobs: list[dict[str, Any]] = [{"overrides": words, "status": "waiting"} for words in plan.overrides]
-    record = {"started": time.time(), "argv": sys.argv[1:], "jobs": jobs}
-    for number, job in enumerate(jobs):
-        label = " ".join(w for w in job["overrides"] if w.split("=")[0] in varied) or "(one job)"
-        log.info("\n[%d/%d] %s", number + 1, len(jobs), label)
-        target = directory / str(number)
-        words = [w for w in job["overrides"] if not w.startswith("paths.run_dir=")]
-        job |= {"status": "running", "dir": str(target)}
-        rundir.write_json(directory / "sweep.json", record)
-        command = [sys.executable, str(RUN), *words, f"paths.run_dir={target}"]
-        code = subprocess.run(command, env=clean_environment(), check=False).returncode
-        result = rundir.read_json(target / "result.json")
-        job |= {
-            "status": "finished" if code == 0 else "failed",
-            "exit_code": code,
-            "metrics": result.get("metrics", {}),
+    held = rundir.lock(directory, "sweep")
+    try:
+        return Sweep(directory, plan, needs, there, resumed).run()
+    finally:
+        rundir.unlock(held)
+
+
+def need(cfg: DictConfig, there: Sequence[str], jobs: int) -> int:
+    """How many of the GPUs that are `there` a job gets for itself: none where it uses none, or is alone with them.
+
+    Raises UserError where that is more than there are, or cannot be given out.
+    """
+    if not there or not _may_use_gpus(cfg):
+        return 0
+    wanted = cfg.trainer.get("devices", 1)
+    if not isinstance(wanted, (int, str)):
+        raise UserError(
+            f"trainer.devices={list(wanted)} names devices, and sweep.jobs={jobs} gives them out itself",
+            f"write how many each job gets: trainer.devices={len(wanted)}",
+        )
+    number = int(wanted) if str(wanted).isdigit() else max(1, len(there) // jobs)
+    if number > len(there):
+        raise UserError(f"trainer.devices={wanted}: this machine has {len(there)} GPUs")
+    return number
+
+
+def _may_use_gpus(cfg: DictConfig) -> bool:
+    return cfg.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+
+
+@dataclass
+class Running:
+    """A job in progress: its number, its process, its GPUs, and how long earlier attempts took."""
+
+    number: int
+    child: Child
+    gpus: list[str]
+    before: float
+
+
+@dataclass
+class Sweep:
+    """The jobs of one sweep and how far they are; `record` is what stands in sweep.json.
+
+    needs: the GPUs that each job gets for itself; free: those that no job has.
+    """
+
+    directory: Path
+    plan: Plan
+    needs: list[int]
+    free: list[str]
+    resumed: bool
+    record: dict[str, Any] = field(default_factory=dict)
+    running: list[Running] = field(default_factory=list)
+    leftover: list[tuple[Child, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = self.plan.configs[0].sweep
+        self.at_once = min(settings.jobs, len(self.plan.overrides))
+        self.stops = settings.on_error == "stop"
+        self.keys = varied(self.plan.overrides)
+        old = rundir.read_json(self.directory / "sweep.json") if self.resumed else {}
+        before = old.get("jobs", [{}] * len(self.plan.overrides))
+        self.jobs: list[dict[str, Any]] = [
+            {"overrides": words, "status": "waiting", "seconds": job.get("seconds", 0.0)}
+            for words, job in zip(self.plan.overrides, before, strict=True)
+        ]
+        # The number of threads decides over last bits: what a sweep began with holds for all of its jobs.
+        shared = old.get("jobs_at_once", self.at_once)
+        self.record = {
+            "started": old.get("started", time.time()),
+            "words": old.get("words", self.plan.words),
+            "jobs_at_once": shared,
+            "jobs": self.jobs,
         }
-        rundir.write_json(directory / "sweep.json", record)
-    rundir.write_json(directory / "sweep.json", record | {"ended": time.time()})
-    show(table(directory, jobs, varied))
-    return 0 if all(job["status"] == "finished" for job in jobs) else 1
+
+    def run(self) -> int:
+        slots = [len(self.free) // need for need in self.needs if need]
+        at_once = min([self.at_once, *slots])
+        pace = f", {at_once} at a time" if self.at_once > 1 else ""
+        short = f" ({len(self.free)} GPUs)" if at_once < self.at_once else ""
+        jobs = f"{len(self.jobs)} job" + "s" * (len(self.jobs) > 1)
+        log.info("sweep %s: %s%s%s", self.directory, jobs, pace, short)
+        for number in range(len(self.jobs)):
+            if self.resumed:
+                self._recall(number)
+        self._save()
+        with signals() as received:
+            try:
+                self._all(lambda: bool(received))
+            finally:
+                number = signal.SIGINT if received[:1] == [signal.SIGINT] else signal.SIGTERM
+                end([job.child for job in self.running], number, GRACE, hurry=lambda: len(received) > 1)
+                for job in list(self.running):
+                    self._ended(job, stopped=True)
+                end([child for child, _ in self.leftover], 0, LEFT_OVER, hurry=lambda: bool(received))
+                self.record["ended"] = time.time()
+                self._save(summaries=True)
+        log.info("\nsweep %s", self.directory)
+        show(table(self.jobs))
+        finished = sum(job["status"] == "finished" for job in self.jobs)
+        if finished < len(self.jobs):
+            done = "interrupted" if received else "ended"
+            log.info("%s with %d of %d jobs finished; go on with", done, finished, len(self.jobs))
+            log.info("  python run.py -m sweep.resume=%s", self.directory)
+        return 128 + received[0] if received else int(finished < len(self.jobs))
+
+    def _all(self, interrupted: Callable[[], bool]) -> None:
+        """Starts the waiting jobs in order, each as soon as there is room, and waits for them."""
+        waiting = [number for number, job in enumerate(self.jobs) if job["status"] != "finished"]
+        while (waiting or self.running) and not interrupted():
+            while waiting and self._room(waiting[0]) and not interrupted():
+                self._start(waiting.pop(0))
+            time.sleep(POLL)
+            for job in list(self.running):
+                code = job.child.poll()
+                job.child.relay()
+                if code is not None:
+                    status = self._ended(job)
+                    if status != "finished" and self.stops and waiting:
+                        log.info("sweep.on_error=stop: the other %d jobs are not started", len(waiting))
+                        waiting = []
+            self._sweep_up()
+
+    def _room(self, number: int) -> bool:
+        return len(self.running) < self.at_once and self.needs[number] <= len(self.free)
+
+    def _recall(self, number: int) -> None:
+        """Takes over what an earlier start of the sweep reached in this job; its own result.json knows best."""
+        result = rundir.read_json(self.directory / str(number) / "result.json")
+        if result.get("status") == "finished":
+            self._note(number, result, "finished")
+            log.info("%s  finished before", self._name(number))
+
+    def _start(self, number: int) -> None:
+        job, target = self.jobs[number], self.directory / str(number)
+        words = [word for word in job["overrides"] if not word.startswith("paths.run_dir=")]
+        words += self._place(number, target)
+        taken, self.free = self.free[: self.needs[number]], self.free[self.needs[number] :]
+        environment = clean_environment() | ({"CUDA_VISIBLE_DEVICES": ",".join(taken)} if taken else {})
+        quiet = self.at_once > 1
+        if not quiet:
+            log.info("\n%s", self._name(number))
+        target.mkdir(exist_ok=True)
+        job |= {"status": "running", "dir": str(target)}
+        self._save()
+        child = Child([sys.executable, str(RUN), *words], environment, target / rundir.CONSOLE, quiet=quiet)
+        self.running.append(Running(number, child, taken, job["seconds"]))
+        job["pid"] = child.pid
+        self._save()
+
+    def _place(self, number: int, target: Path) -> list[str]:
+        """The words that say where a job runs: on from its checkpoint, or afresh in a directory that is empty."""
+        if rundir.is_run(target):
+            return [f"resume={target}"]
+        if target.is_dir():
+            rundir.check_free(target)
+            shutil.rmtree(target)  # of a start that was killed before it had a configuration, so before any checkpoint
+        cfg, shared = self.plan.configs[number], self.record["jobs_at_once"]
+        open_threads = shared > 1 and "threads" in cfg.trainer and cfg.trainer.threads is None
+        threads = default_threads(cfg.trainer.get("devices", 1), shared)
+        return [f"paths.run_dir={target}", *([f"trainer.threads={threads}"] if open_threads else [])]
+
+    def _ended(self, job: Running, *, stopped: bool = False) -> str:
+        """Notes how a job ended and says so in a line; its status."""
+        child, code = job.child, job.child.poll()
+        self.running.remove(job)
+        self.free += job.gpus
+        if child.send(0):
+            self.leftover.append((child, time.monotonic() + LEFT_OVER))
+        result = rundir.read_json(self.directory / str(job.number) / "result.json")
+        own = result.get("pid") == child.pid
+        if code == 0 or (own and result["status"] == "finished"):
+            status = "finished"
+        else:
+            status = "interrupted" if stopped or (own and result["status"] == "interrupted") else "failed"
+        entry = self.jobs[job.number]
+        entry |= {"exit_code": code, "seconds": job.before + time.time() - child.started}
+        self._note(job.number, result if own or status == "finished" else {}, status)
+        if status == "failed":
+            entry["reason"] = reason(result if own else {}, code or 0, child.said())
+            self._keep_traceback(job)
+        self._save()
+        took = clock(entry["seconds"])
+        if status == "finished":
+            metrics = entry["metrics"]
+            said = [f"{name} {metrics[name]:.4f}" for name in ("val/loss", "test/loss") if name in metrics]
+        else:
+            said = [entry["reason"], str(self._log(job.number))] if status == "failed" else []
+        over = sum(job["status"] not in ("waiting", "running") for job in self.jobs)
+        log.info("%s", "  ".join([self._name(job.number), status, *said, took, f"[{over}/{len(self.jobs)}]"]))
+        return status
+
+    def _note(self, number: int, result: dict[str, Any], status: str) -> None:
+        """Copies into the record what a run's result.json says about it."""
+        known = {name: result[name] for name in ("parameters", "optimizer_state_bytes") if name in result}
+        metrics = result.get("metrics", {}) if status == "finished" else {}
+        self.jobs[number] |= {"status": status, "dir": str(self.directory / str(number)), "metrics": metrics, **known}
+
+    def _keep_traceback(self, job: Running) -> None:
+        """A job that failed before its run began has told the console only: its log gets the traceback too."""
+        said, path = job.child.said(), self._log(job.number)
+        written = path.read_text(errors="replace") if path.is_file() else ""
+        if said and said.strip().splitlines()[-1] not in written:
+            with path.open("a") as file:
+                file.write(said)
+
+    def _log(self, number: int) -> Path:
+        return self.directory / str(number) / "run.log"
+
+    def _name(self, number: int) -> str:
+        return f"job {number}  {label(self.jobs[number], self.keys)}"
+
+    def _sweep_up(self) -> None:
+        """Kills what ended jobs have left behind, once it had the time to end by itself."""
+        for child, deadline in self.leftover:
+            child.send(0 if time.monotonic() < deadline else signal.SIGKILL)
+        self.leftover = [(child, deadline) for child, deadline in self.leftover if child.send(0)]
+
+    def _save(self, *, summaries: bool = False) -> None:
+        """A full disk ends jobs, which say so; it must not end what looks after them."""
+        try:
+            rundir.write_json(self.directory / "sweep.json", self.record)
+            if summaries:
+                write(self.directory, self.jobs)
+        except OSError as error:
+            log.warning("%s could not be written (%s)", self.directory / "sweep.json", error.strerror)
 
 
-def _varied(overrides: list[list[str]]) -> list[str]:
-    """The keys whose value differs between jobs, in the order of the command line."""
-    values: dict[str, set[str]] = {}
-    for words in overrides:
-        for word in words:
-            key, _, value = word.partition("=")
-            values.setdefault(key, set()).add(value)
-    return [key for key, seen in values.items() if len(seen) > 1]
+def reason(result: dict[str, Any], code: int, said: str) -> str:
+    """Why a job failed, in one line: as its run says, else by what it wrote last or the signal that ended it."""
+    if result.get("status") == "failed" and result.get("reason"):
+        return shorten(str(result["reason"]))
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        hint = "; was memory short?" if name == "SIGKILL" else ""
+        return f"ended by {name}{hint}"
+    lines = said.strip().splitlines()
+    if code == 2:  # a sentence about the mistake, of at most three lines
+        return shorten(" ".join(lines[-3:]))
+    return shorten(lines[-1]) if lines else f"exit code {code}"
 
 
-def table(directory: Path, jobs: list[dict[str, Any]], varied: list[str]) -> Any:
-    """The jobs side by side: what varied, how each ended, its final losses."""
-    from rich.table import Table
-
-    columns = [name for name in ("train/loss", "val/loss", "test/loss") if any(name in j["metrics"] for j in jobs)]
-    made = Table(*varied, "status", *columns, title=f"sweep {directory}", title_justify="left")
-    for job in jobs:
-        words = dict(word.partition("=")[::2] for word in job["overrides"])
-        losses = [f"{job['metrics'][c]:.4f}" if c in job["metrics"] else "" for c in columns]
-        made.add_row(*(words.get(key, "") for key in varied), job["status"], *losses)
-    return made
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects the signals that ask this process to stop, instead of being stopped in the middle of something."""
+    received: list[int] = []
+    asking = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may listen
+        return
+    asking = [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]  # nohup, or a job with &
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in asking]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(asking, before, strict=True):
+            signal.signal(number, handler)

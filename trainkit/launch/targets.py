@@ -30,7 +30,10 @@ NOT_PLUGINS = {"trainkit", "callbacks", "torch", "lightning", "hydra", "omegacon
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 # Keywords that are split off before a group's target is called, and the function that takes them.
-HOSTS = {"optimizer": "trainkit.optimizer.partition.by_role"}
+HOSTS = {
+    "optimizer": "trainkit.optimizer.partition.by_role",
+    "optimizer.base": "trainkit.optimizer.partition.over_roles",
+}
 
 
 @lru_cache
@@ -117,12 +120,22 @@ def _signature_at(key: str, node: Any) -> Signature | None:
     """The keywords that are legal at a node: its target's, and those of the group's host."""
     target = node.get("_target_") if isinstance(node, dict) else None
     takes = signature(target) if isinstance(target, str) else None
-    group = key.rpartition(".")[2]  # also task.optimizer, the same node in a resolved configuration
-    host = signature(HOSTS[group]) if takes and group in HOSTS else None
+    host = _host(key)
     if takes is None or host is None:
         return takes
-    split_off = {name: replace(p, required=False) for name, p in host.parameters.items() if p.keyword_only}
-    return Signature({**split_off, **takes.parameters}, takes.open)
+    return Signature({**host, **takes.parameters}, takes.open)
+
+
+def split_off(key: str) -> set[str]:
+    """The keywords of the node `key` that its target never sees, because its host takes them."""
+    return set(_host(key) or ())
+
+
+def _host(key: str) -> dict[str, Parameter] | None:
+    # Also task.optimizer, the same node in a resolved configuration.
+    hosts = [host for node, host in HOSTS.items() if key == node or key.endswith(f".{node}")]
+    host = signature(hosts[0]) if hosts else None
+    return host and {name: replace(p, required=False) for name, p in host.parameters.items() if p.keyword_only}
 
 
 def check_parameters(job: Composition) -> None:

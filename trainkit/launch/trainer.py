@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+
+from trainkit.launch.machine import default_threads
 
 
 def trainer(
@@ -34,16 +35,16 @@ def trainer(
     Loggers are set on it later, when the run's directory exists.
     `val_check_interval` counts optimizer steps, over epochs. `threads` are the intra-op threads of each process; null
     divides the cores among this machine's ranks. Everything else is the Trainer's own. Raises ValueError where there
-    is neither max_steps nor max_epochs.
+    is neither max_steps nor max_epochs, and for counts below 1.
     """
     if max_steps == 0 or (max_steps < 0 and max_epochs < 0):
         raise ValueError("the run has no length: set trainer.max_steps or trainer.max_epochs to at least 1")
     counts = {"log_every_n_steps": log_every_n_steps, "accumulate_grad_batches": accumulate_grad_batches}
-    for name, value in (counts | {"val_check_interval": val_check_interval}).items():
+    counts |= {"val_check_interval": val_check_interval, "threads": 1 if threads is None else threads}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"trainer.{name} must be at least 1; got {value}")
-    local_ranks = devices if isinstance(devices, int) and devices > 0 else 1
-    torch.set_num_threads(threads or max(1, cores() // local_ranks))
+    torch.set_num_threads(default_threads(devices) if threads is None else threads)
     return Trainer(
         max_steps=max_steps,
         max_epochs=max_epochs,
@@ -67,8 +68,3 @@ def trainer(
         num_sanity_val_steps=0,
         **options,
     )
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

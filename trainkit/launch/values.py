@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a node"}
+ACCUMULATE = "accumulate_grad_batches"
 TEXTS = ("name", "resume", "init_from", "to")  # keys of conf/config.yaml that are null by default
 
 
@@ -56,6 +57,9 @@ def _check_type(typed: str, key: str, value: Any, raw: dict[str, Any]) -> None:
     if isinstance(default, str) and default.startswith("${"):
         _check_built(typed, key, value, default[2:-1], raw)
         return
+    group = key.replace(".", "/")
+    if group in raw["choices"] and _scalar(value):
+        raise UserError(f"{typed}: {key} is a node with keys of its own", f"choose it by its own word: {group}={value}")
     annotated = parameter(raw, key)
     verdict = fits(annotated, value) if annotated else None
     if annotated and verdict is False:
@@ -122,3 +126,20 @@ def check_top(job: Composition) -> None:
             raise UserError(f"{key}={shown(value)}{job.where(key)}: {key} wants {wanted}, not {got}")
         if key not in known and f"${{{key}" not in str(job.raw):
             raise UserError(f"nothing reads the key '{key}'{job.where(key)}{did_you_mean(key, known)}")
+
+
+def check_share(job: Composition) -> None:
+    """data.batch_size is of the whole step: processes and accumulated batches get equal parts of it."""
+    data, trainer = job.resolved.get("data") or {}, job.resolved.get("trainer") or {}
+    if not str(data.get("_target_")).startswith("trainkit.data."):
+        return
+    size, devices, nodes, batches = (
+        number if isinstance(number, int) and number > 0 else 0  # 0: "auto", a list of devices; the run will tell
+        for number in (data.get("batch_size"), *(trainer.get(name, 1) for name in ("devices", "num_nodes", ACCUMULATE)))
+    )
+    shares = devices * nodes * batches
+    if size and shares and size % shares:
+        raise UserError(
+            f"data.batch_size={size} must be a multiple of {devices * nodes} processes x "
+            f"trainer.{ACCUMULATE}={batches}; try {-(-size // shares) * shares}"
+        )

@@ -1,10 +1,12 @@
 """The length of the gradient, by part of the network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
+
+BLOCK = 1 << 16  # elements
 
 
 def grad_norm(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
@@ -36,3 +38,16 @@ def grad_norm(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Tensor]
     index = torch.tensor([rows, columns]).to(squares.device, non_blocking=True)
     sums = squares.new_zeros(len(names)).index_add_(0, index[1], squares[index[0]])
     return dict(zip(names, sums.sqrt_().unbind(), strict=True))
+
+
+def grad_norm_l1(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """sum |g| over all gradients, 0-d, on their device; in at least float32. What schedule=refined reads for Adam."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    wide = reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
+    if not gradients[0].is_cpu:
+        return torch.stack(torch._foreach_norm(gradients, 1, wide)).sum()
+    # On a CPU that call adds up one by one, 0.2 % off for an embedding in float32, and is slower than blocks in cache.
+    blocks = (block for g in gradients for block in g.reshape(-1).split(BLOCK))
+    return torch.stack([block.abs().sum(dtype=wide) for block in blocks]).sum()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainkit.model.parts.attention import Attention
+from trainkit.model.parts.attention import Attention, width_per_head
 from trainkit.model.parts.decoder import Decoder, output_std
 from trainkit.model.parts.mlp import MLP
 from trainkit.norm.placement import Placement, Site
@@ -36,7 +36,10 @@ class GPT(Decoder):
         qk_norm: str = "none",
         tie: bool = True,
         init: str = "gpt2",
+        first_layer: str = "plain",
+        tract_lambda: float = 0.1,
     ):
+        width_per_head(width, heads)
         linears = {"bias": bias, "dropout": dropout, "out_std": output_std(init, depth)}
 
         def attn(site: Site) -> nn.Module:
@@ -45,7 +48,8 @@ class GPT(Decoder):
         def mlp(site: Site) -> nn.Module:
             return MLP(site, norm, hidden=4 * width if hidden is None else hidden, gelu=gelu, **linears)
 
-        super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie)
+        first = {"first_layer": first_layer, "tract_lambda": tract_lambda}
+        super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie, **first)
         self.dropout = dropout
         self.position = nn.Embedding(context, width)
         nn.init.normal_(self.position.weight, std=0.02)

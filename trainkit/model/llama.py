@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from trainkit.model.parts.attention import Attention
+from trainkit.model.parts.attention import Attention, width_per_head
 from trainkit.model.parts.decoder import Decoder, output_std
 from trainkit.model.parts.mlp import SwiGLU
 from trainkit.model.parts.rotary import Rotary
@@ -35,9 +35,11 @@ class Llama(Decoder):
         tie: bool = False,
         init: str = "plain",
         embed_std: float = 0.02,
+        first_layer: str = "plain",
+        tract_lambda: float = 0.1,
     ):
         linears = {"dropout": dropout, "out_std": output_std(init, depth)}
-        rotation = Rotary(width // max(1, heads), context, base=rope_base)
+        rotation = Rotary(width_per_head(width, heads, kv_heads), context, base=rope_base)
 
         def attn(site: Site) -> nn.Module:
             return Attention(site, norm, heads=heads, kv_heads=kv_heads, rotation=rotation, qk_norm=qk_norm, **linears)
@@ -45,4 +47,5 @@ class Llama(Decoder):
         def mlp(site: Site) -> nn.Module:
             return SwiGLU(site, norm, hidden=hidden, **linears)
 
-        super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie, std=embed_std)
+        first = {"std": embed_std, "first_layer": first_layer, "tract_lambda": tract_lambda}
+        super().__init__(vocab, norm, attn, mlp, depth=depth, width=width, context=context, tie=tie, **first)

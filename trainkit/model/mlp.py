@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trainkit.model.parts.decoder import output_std
 from trainkit.model.parts.linear import linear
 from trainkit.model.parts.mlp import MLP as Sublayer
+from trainkit.model.parts.tract import first_layer as build_first_layer
 from trainkit.norm.placement import Placement, Site
 
 
@@ -25,7 +26,8 @@ class Layer(nn.Module):
 class ResidualMLP(nn.Module):
     """images (B, C, H, W) -> logits (B, classes): head(after(blocks(before(embed(flattened images))))).
 
-    Each block is one GELU sublayer of `hidden` units wrapped by the placement `norm`.
+    Each block is one GELU sublayer of `hidden` units wrapped by the placement `norm`. first_layer="tract" gives `embed`
+    the weight gradient of TrAct (parts/tract.py).
     """
 
     def __init__(
@@ -40,13 +42,17 @@ class ResidualMLP(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         init: str = "plain",
+        first_layer: str = "plain",
+        tract_lambda: float = 0.1,
     ):
         super().__init__()
         for key, value in (("depth", depth), ("width", width), ("hidden", hidden), ("classes", classes)):
             if value < 1:
                 raise ValueError(f"model.{key} must be at least 1; got {value}")
         std, out_std = prod(image) ** -0.5, output_std(init, depth, width**-0.5)
-        self.embed = linear(prod(image), width, bias=True, std=std)
+        self.embed = build_first_layer(nn.Linear, first_layer, tract_lambda)(prod(image), width)
+        nn.init.normal_(self.embed.weight, std=std)
+        nn.init.zeros_(self.embed.bias)
         self.embed.role = "embed"  # type: ignore[assignment]
         self.before = norm.before(Site("embed", width, depth=depth, count=depth))
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainkit.model.parts.attention import Attention
+from trainkit.model.parts.attention import Attention, width_per_head
 from trainkit.model.parts.block import Block
 from trainkit.model.parts.decoder import output_std
 from trainkit.model.parts.mlp import MLP
+from trainkit.model.parts.tract import first_layer as build_first_layer
 from trainkit.norm.placement import Placement, Site
 
 
@@ -19,7 +20,7 @@ class ViT(nn.Module):
     Patches of `patch` x `patch` pixels become tokens by one linear map; a class token is put before them and learned
     positions are added; blocks of bidirectional attention and GELU MLP (`hidden` units, 4 x width unless told), each
     sublayer wrapped by the placement `norm`; logits = head(after(x)) of the class token. `image` is (channels, height,
-    width).
+    width). first_layer="tract" gives the map of the patches the weight gradient of TrAct (parts/tract.py).
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class ViT(nn.Module):
         bias: bool = True,
         qk_norm: str = "none",
         init: str = "plain",
+        first_layer: str = "plain",
+        tract_lambda: float = 0.1,
     ):
         super().__init__()
         channels, height, across = image
@@ -45,10 +48,11 @@ class ViT(nn.Module):
         for key, value in (("depth", depth), ("width", width), ("classes", classes)):
             if value < 1:
                 raise ValueError(f"model.{key} must be at least 1; got {value}")
+        width_per_head(width, heads)
         self.patch, self.dropout = patch, dropout
         tokens = 1 + (height // patch) * (across // patch)
         std = 0.02
-        self.embed = nn.Linear(channels * patch * patch, width)
+        self.embed = build_first_layer(nn.Linear, first_layer, tract_lambda)(channels * patch * patch, width)
         self.embed.role = "embed"  # type: ignore[assignment]
         self.class_token = nn.Parameter(std * torch.randn(1, 1, width))
         self.position = nn.Embedding(tokens, width)

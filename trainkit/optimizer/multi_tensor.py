@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-BLOCK = 1 << 16  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
+BLOCK = 1 << 18  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
+WINDOW = 1 << 22  # elements: bounds what a method keeps from its first pass over the parameters for its second one
+WIDE_WINDOW = 1 << 26  # on an accelerator, which has more to fill
 Rule = Callable[..., Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -34,13 +37,26 @@ class Bucket:
 
     def where(self, chosen: Callable[[Tensor], bool]) -> tuple[Bucket, Bucket]:
         """The parameters that are `chosen`, and the others."""
+        sides = [chosen(p) for p in self.params]
+        first, second = ([i for i, is_chosen in enumerate(sides) if is_chosen is side] for side in (True, False))
+        return self.pick(first), self.pick(second)
 
-        def part(side: bool) -> Bucket:
-            at = [i for i, p in enumerate(self.params) if chosen(p) is side]
-            params, gradients = [self.params[i] for i in at], [self.gradients[i] for i in at]
-            return Bucket(params, gradients, [self.states[i] for i in at], self.step)
+    def pick(self, indices: Sequence[int]) -> Bucket:
+        params, gradients = [self.params[i] for i in indices], [self.gradients[i] for i in indices]
+        return Bucket(params, gradients, [self.states[i] for i in indices], self.step)
 
-        return part(True), part(False)
+    def windows(self) -> Iterator[Bucket]:
+        """A few parameters at a time, at least one: for methods that go over them twice."""
+        held: list[int] = []
+        size = 0
+        for i, p in enumerate(self.params):
+            if held and size + p.numel() > (WINDOW if p.device.type == "cpu" else WIDE_WINDOW):
+                yield self.pick(held)
+                held, size = [], 0
+            held.append(i)
+            size += p.numel()
+        if held:
+            yield self.pick(held)
 
 
 class MultiTensorOptimizer(Optimizer):
@@ -54,9 +70,13 @@ class MultiTensorOptimizer(Optimizer):
     """
 
     whole = False  # True: the method needs whole parameters, not shards
+    memory: Tensor | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, maximize: bool = False, compile: bool = False):
         check(**defaults)
+        # Freed at once, and never written: the C library then keeps blocks of up to this size when they are freed. It
+        # else returns the temporaries of every block to the system, and fetching their pages anew costs more than they.
+        torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
         super().__init__(params, {**defaults, "maximize": maximize, "compile": compile})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -84,10 +104,13 @@ class MultiTensorOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for bucket in self.buckets(group):
-                self.update(bucket, group)
+        self.update_all([(bucket, group) for group in self.param_groups for bucket in self.buckets(group)])
         return loss
+
+    def update_all(self, found: list[tuple[Bucket, dict[str, Any]]]) -> None:
+        """Moves everything. For methods that need a number over all groups first, such as the norm of all gradients."""
+        for bucket, group in found:
+            self.update(bucket, group)
 
     def buckets(self, group: dict[str, Any]) -> Iterator[Bucket]:
         """The parameters of a group that have a gradient; each is one step older afterwards."""
@@ -110,6 +133,21 @@ class MultiTensorOptimizer(Optimizer):
             bucket.states.append(state)
         yield from found.values()
 
+    def temporary(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialized tensors like these, in at least float32, until the next call.
+
+        On a CPU always in the same memory, which is no part of the state: pages fresh from the system would cost more
+        time than all that is written in them.
+        """
+        shapes, dtype = [local(p) for p in params], wide(params[0].dtype)
+        if not all(p.is_cpu and p.is_contiguous() for p in shapes):
+            return [torch.empty_like(p, dtype=dtype) for p in shapes]
+        sizes = [p.numel() for p in shapes]
+        if self.memory is None or self.memory.dtype != dtype or len(self.memory) < sum(sizes):
+            self.memory = torch.empty(sum(sizes), dtype=dtype)
+        pieces = self.memory[: sum(sizes)].split(sizes)
+        return [piece.view(p.shape) for piece, p in zip(pieces, shapes, strict=True)]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         keep_dtypes(self, state_dict)
@@ -125,12 +163,19 @@ def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 optimizer.state[p][name] = value.to(p.device, copy=True)
 
 
+NOT_NEGATIVE = {"lr", "weight_decay", "eps", "dampening", "delta", "wd_ratio", "lr_decay", "initial_accumulator_value"}
+POSITIVE = {"trust_coeff", "max_grad_norm"}
+
+
 def check(**settings: Any) -> None:
     """Ranges of the settings that most methods have. ValueError names the setting and its range."""
     for name, value in settings.items():
-        if name in ("lr", "weight_decay", "eps") and not float(value) >= 0:
+        values = value if name == "betas" else [value]
+        if name in NOT_NEGATIVE and not float(value) >= 0:
             raise ValueError(f"optimizer.{name} must not be negative; got {value}")
-        if name in ("betas", "momentum") and not all(0 <= b < 1 for b in (value if name == "betas" else [value])):
+        if name in POSITIVE and value is not None and not float(value) > 0:
+            raise ValueError(f"optimizer.{name} must be positive; got {value}")
+        if name in ("betas", "momentum") and not all(0 <= b < 1 for b in values):
             raise ValueError(f"optimizer.{name} must lie in [0, 1); got {value}")
 
 
@@ -146,39 +191,41 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def run(
     rule: Rule,
     *lists: Sequence[Tensor],
-    now: dict[str, float] | None = None,
+    now: Mapping[str, float | Tensor] | None = None,
+    each: Mapping[str, Sequence[Tensor]] | None = None,
     rows: bool = False,
     compile: bool = False,
     **settings: Any,
 ) -> list[list[Any]]:
-    """rule(*lists, **now, **settings): a rule is a function of parallel lists of tensors, which it changes in place.
+    """rule(*lists, **each, **now, **settings): a function of parallel lists of tensors, which it changes in place.
 
     On an accelerator the rule is called once with everything, in multi-tensor kernels. On a CPU it is called with
     blocks of BLOCK elements, so that what one operation writes the next one still finds in the cache: the tensors
-    arrive flat, or with rows=True as matrices (rows, the rest) cut between rows. Half precision is widened to float32
-    for the rule, and the tensors of the first list, the parameters, are rounded once when they are written back.
+    arrive flat, or with rows=True as matrices (rows, the rest) cut between rows; a list may then also hold a column
+    (rows, 1) or a vector (rows,) per parameter, which arrives as a column. Half precision is widened to float32 for
+    the rule, and the tensors of the first list, the parameters, are rounded once when they are written back.
 
-    now: the numbers that change from step to step. A compiled rule gets them as 0-d tensors, or it would be compiled
-    again for every value; so a rule only multiplies or divides by them.
+    each: further lists, of one 0-d tensor per parameter, which are not cut. now: the numbers that change from step to
+    step. A compiled rule gets them as 0-d tensors, or it would be compiled again for every value; so a rule only
+    multiplies or divides by them.
     Returns, for each tensor, the rule's results for its pieces (a rule may return one value per tensor, such as a sum).
     """
     if not lists[0]:
         return []
     results: list[list[Any]] = [[] for _ in lists[0]]
     half = [values[0].dtype in (torch.float16, torch.bfloat16) for values in lists]
-    now = now or {}
-    moving = {name: torch.tensor(value, dtype=torch.float64) for name, value in now.items()} if compile else {}
+    any_half, now, each = any(half), now or {}, each or {}
+    moving = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in now.items()} if compile else {}
     for owners, block in blocks(lists, rows=rows, whole=compile):
-        widened = (
-            [[t.float() for t in values] if h else values for values, h in zip(block, half, strict=True)]
-            if any(half)
-            else block
-        )
-        if compile and all(size > 1 for values in widened for t in values for size in t.shape):
-            kinds = tuple((t.dtype, t.device, t.ndim) for values in widened for t in values)
-            returned = compiled(rule, kinds, tuple(settings.items()))(*widened, **moving, **settings)
+        widened = block
+        if any_half:
+            widened = [[t.float() for t in values] if h else values for values, h in zip(block, half, strict=True)]
+        theirs = {name: [values[i] for i in owners] for name, values in each.items()}
+        if compile and suits(widened):
+            fast = compiled(rule, kinds(*widened, *theirs.values()), tuple(settings.items()))
+            returned = fast(*widened, **theirs, **moving, **settings)
         else:
-            returned = rule(*widened, **now, **settings)
+            returned = rule(*widened, **theirs, **now, **settings)
         if half[0]:
             torch._foreach_copy_(block[0], widened[0])
         if returned is not None:
@@ -187,14 +234,29 @@ def run(
     return results
 
 
+def suits(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether to compile for these: torch makes graphs of their own for axes of one or none, and for other strides."""
+    return all(n > 1 for t in lists[0] for n in t.shape) and all(t.is_contiguous() for values in lists for t in values)
+
+
+def kinds(*lists: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a graph depends on: dtypes, devices, axes, which axes are equally long, and which have length one."""
+    tensors = [t for values in lists for t in values]
+    sizes = [n for t in tensors for n in t.shape]
+    alike = tuple(sizes.index(n) if n > 1 else -1 for n in sizes)
+    return *((t.dtype, t.device, t.ndim) for t in tensors), alike
+
+
 @functools.cache
 def compiled(rule: Rule, kinds: tuple[Any, ...], settings: tuple[Any, ...]) -> Rule:
     """One graph for all sizes of these kinds of tensors and these settings.
 
-    Its guards would take longer than a small tensor's update. What they look at is in the key, and tensors with an
-    axis of one or none, for which torch makes graphs of their own, are not given to it.
+    Its guards would take longer than a small tensor's update, so they are left out: what they look at is in the key.
+    Graphs of one code object are told apart by their guards, so each gets a copy of the rule's.
     """
-    return torch.compile(rule, dynamic=True, fullgraph=True, options={"guard_filter_fn": lambda gs: [False] * len(gs)})
+    copy = FunctionType(rule.__code__.replace(), rule.__globals__, rule.__name__, rule.__defaults__, rule.__closure__)
+    copy.__kwdefaults__ = rule.__kwdefaults__
+    return torch.compile(copy, dynamic=True, fullgraph=True, options={"guard_filter_fn": lambda gs: [False] * len(gs)})
 
 
 def descend(w: Tensors, u: Tensors, lr: float | Tensor, decay: float = 0.0) -> None:
@@ -213,33 +275,64 @@ def descend(w: Tensors, u: Tensors, lr: float | Tensor, decay: float = 0.0) -> N
         torch._foreach_add_(w, u, alpha=-lr)
 
 
+def add(w: Tensors, u: Tensors, rate: float | Tensor) -> None:
+    """w <- w + rate u, rate being one of a rule's numbers of `now`."""
+    if isinstance(rate, Tensor):
+        torch._foreach_add_(w, torch._foreach_mul(u, rate))
+    else:
+        torch._foreach_add_(w, u, alpha=rate)
+
+
 def blocks(
     lists: Sequence[Sequence[Tensor]], *, rows: bool, whole: bool
 ) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
     """Pieces of parallel lists: whose they are (indices into the lists), and the lists of pieces."""
-    shaped = [[as_rows(t) for t in values] if rows else list(values) for values in lists]
-    if lists[0][0].device.type != "cpu":
-        yield list(range(len(lists[0]))), shaped
-        return
+    laid = [lay(tensors, rows=rows) for tensors in zip(*lists, strict=True)]
+    copies: list[tuple[Tensor, Tensor]] = []  # memory that cannot be seen as a matrix, and what stands for it
+    if rows:
+        matrices = [[as_rows(t) for t in tensors] for tensors in laid]
+        pairs = [pair for old, new in zip(laid, matrices, strict=True) for pair in zip(old, new, strict=True)]
+        copies = [(t, matrix) for t, matrix in pairs if t.data_ptr() != matrix.data_ptr()]
+        laid = matrices
     small: list[int] = []  # parameters that share a block
     held = 0
-    for i, tensors in enumerate(zip(*shaped, strict=True)):
-        size = tensors[0].numel()
-        if whole:
-            yield [i], [[t if rows else t.view(-1)] if t.is_contiguous() else [t] for t in tensors]
-        elif size > BLOCK and all(t.is_contiguous() for t in tensors):
-            flat = tensors if rows else [t.view(-1) for t in tensors]
-            pieces = min(len(flat[0]), -(-size // BLOCK))
-            for piece in zip(*(t.tensor_split(pieces) for t in flat), strict=True):
-                yield [i], [[t] for t in piece]
+    on_cpu = lists[0][0].device.type == "cpu"
+    for i, tensors in enumerate(laid):
+        size, lies = tensors[0].numel(), all(t.is_contiguous() for t in tensors)
+        flat = [t.view(-1) for t in tensors] if lies and not rows and (whole or size > BLOCK) else tensors
+        if not on_cpu:
+            small.append(i)
+        elif whole:
+            yield [i], [[t.detach()] for t in flat]  # of an nn.Parameter, torch would make a graph for its size alone
+        elif size > BLOCK and lies:
+            pieces, owner = min(len(flat[0]), -(-size // BLOCK)), [i]
+            for piece in zip(*[t.tensor_split(pieces) for t in flat], strict=True):
+                yield owner, [[t] for t in piece]
         else:
             if small and held + size > BLOCK:
-                yield small, [[values[j] for j in small] for values in shaped]
+                yield small, [[laid[j][k] for j in small] for k in range(len(lists))]
                 small, held = [], 0
             small.append(i)
             held += size
     if small:
-        yield small, [[values[j] for j in small] for values in shaped]
+        yield small, [[laid[j][k] for j in small] for k in range(len(lists))]
+    for t, matrix in copies:
+        t.copy_(matrix.view(t.shape))
+
+
+def lay(tensors: Sequence[Tensor], *, rows: bool) -> list[Tensor]:
+    """Parallel tensors with their axes as the first one has them in memory; with rows=True the first axis stays."""
+    whole = [local(t) for t in tensors]
+    p = whole[0]
+    if all(t.is_contiguous() for t in whole):
+        return whole
+    axes = [*range(p.ndim)[:rows], *sorted(range(p.ndim)[rows:], key=p.stride, reverse=True)]
+    return [t.permute(axes) if t.shape == p.shape else t for t in whole]
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def as_rows(t: Tensor) -> Tensor:

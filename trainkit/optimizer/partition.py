@@ -10,7 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trainkit.optimizer.multi_tensor import keep_dtypes
+from trainkit.schedule.batch_size import lr_factor
+
 ROLES = ("matrix", "vector", "embed", "head")
+WORDS = ("takes", "decay", "rest", "lr_batch_rule", "reference_batch")  # of an optimizer's YAML, for by_role
 
 
 def role(module: nn.Module, parameter: nn.Parameter) -> str:
@@ -39,6 +43,8 @@ def by_role(
     takes: str | Sequence[str] = "all",
     decay: Sequence[str] = ("matrix", "embed", "head"),
     rest: Callable[..., Optimizer] | None = None,
+    lr_batch_rule: str = "none",
+    reference_batch: int = 1,
 ) -> Optimizer:
     """The optimizer of a model: `factory(params)` for the roles in `takes`, `rest(params)` for the others.
 
@@ -49,6 +55,22 @@ def by_role(
     found = roles(model)
     if not found:
         raise ValueError("the model has no trainable parameter: nothing for optimizer to do")
+    words: dict[str, Any] = {"lr_batch_rule": lr_batch_rule, "reference_batch": reference_batch}
+    return over_roles(found, factory, takes=takes, decay=decay, rest=rest, **words)
+
+
+def over_roles(
+    found: dict[str, list[nn.Parameter]],
+    factory: Callable[..., Optimizer],
+    *,
+    takes: str | Sequence[str] = "all",
+    decay: Sequence[str] = ("matrix", "embed", "head"),
+    rest: Callable[..., Optimizer] | None = None,
+    lr_batch_rule: str = "none",
+    reference_batch: int = 1,
+) -> Optimizer:
+    """by_role for parameters whose roles are known already."""
+    lr_factor(lr_batch_rule, 1, reference_batch)  # refuses what is neither a rule nor a batch
     taken = list(found) if takes == "all" else list(takes)
     for name in taken:
         if name not in found:
@@ -59,16 +81,28 @@ def by_role(
 
     def build(make: Callable[..., Optimizer], names: Iterable[str]) -> Optimizer:
         exempt = {"weight_decay": 0.0}
-        return make([{"params": found[n], "role": n, **({} if n in decay else exempt)} for n in names])
+        rule = {} if lr_batch_rule == "none" else {"lr_batch_rule": lr_batch_rule, "reference_batch": reference_batch}
+        made = make([{"params": found[n], "role": n, **rule, **({} if n in decay else exempt)} for n in names])
+        for group in made.param_groups:
+            if not group["lr"] > 0:
+                raise ValueError(f"optimizer.lr must be positive; got {float(group['lr']):g}")
+        return made
 
     first = build(factory, taken)
     return Partition([first, build(rest, left)]) if left and rest is not None else first
 
 
+def scale_lr(optimizer: Optimizer, batch: int) -> None:
+    """Multiplies each group's learning rate by its rule's factor for steps of `batch` samples."""
+    for group in optimizer.param_groups:
+        if "lr_batch_rule" in group:
+            group["lr"] *= lr_factor(group["lr_batch_rule"], batch, group["reference_batch"])
+
+
 def split(factory: partial[Optimizer]) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
-    """A configured factory without the three words that say what it is fed, and those words: (factory, by_role's)."""
+    """A configured factory without the words that say what it is fed, and those words: (factory, by_role's)."""
     options = dict(factory.keywords)
-    words = {k: options.pop(k) for k in ("takes", "decay", "rest") if k in options}
+    words = {k: options.pop(k) for k in WORDS if k in options}
     return partial(factory.func, *factory.args, **options), words
 
 
@@ -91,6 +125,7 @@ class Partition(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
         self._share()
 
     @torch.no_grad()

@@ -1,18 +1,18 @@
-"""`python -m trainkit.report NAME`: catalogue (the tables of plugins in the README)."""
+"""`python -m trainkit.report NAME`: catalogue (the tables of plugins in the README), schedule WORDS (a drawing)."""
 
 import sys
 
-from trainkit.report import catalogue
-
-REPORTS = {"catalogue": catalogue.main}
+from trainkit.report import catalogue, schedule
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 1 or argv[0] not in REPORTS:
-        print(f"usage: python -m trainkit.report {{{','.join(REPORTS)}}}", file=sys.stderr)
-        return 2
-    REPORTS[argv[0]]()
-    return 0
+    if argv[:1] == ["schedule"]:
+        return schedule.main(argv[1:])
+    if argv == ["catalogue"]:
+        catalogue.main()
+        return 0
+    print("usage: python -m trainkit.report {catalogue,schedule WORDS}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -31,6 +31,13 @@ def read(path: str | Path) -> list[Row]:
     return rows
 
 
+def readable(path: str | Path) -> list[Row]:
+    """The rows of a metrics file in order, without the lines that are none; no file has no rows."""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for row in map(parse, lines) if row is not None]
+
+
 def parse(text: bytes) -> Row | None:
     """One line as a row, or None where it is not one."""
     try:

@@ -13,7 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from trainkit.continual.strategy import Strategy
-from trainkit.optimizer.partition import by_role, split
+from trainkit.norm_layer.stateful import advance
+from trainkit.optimizer.partition import by_role, scale_lr, split
+from trainkit.task.halves import Halves
+from trainkit.task.replay import Replay
 
 
 class Task(LightningModule):
@@ -22,6 +25,10 @@ class Task(LightningModule):
     A leaf says what the loss of a batch is (`loss`) and how it evaluates one. What is to be logged about a training
     step is handed to `record`; when the step is due (the first, every `log_every_n_steps`-th, the last) all of it
     goes to the loggers as one object, after one transfer from the device.
+
+    A gradient treatment and a projection are functions; what else they provide is called where it exists: `prepare`
+    before training, with (model, optimizer) or (optimizer); `state_dict` and `load_state_dict` around checkpoints; the
+    treatment's `begin_step` and `first_half` (trainkit/gradient/agvm.py), the projection's `penalty`.
     """
 
     tokens_per_step: int | None = None  # over all ranks and accumulated batches
@@ -49,6 +56,8 @@ class Task(LightningModule):
         self.metrics: dict[str, float] = {}  # what was logged last
         self._records: dict[str, Tensor | float] = {}
         self._losses: list[Tensor] = []  # of the batches accumulated into the step in progress
+        self.replay: Replay | None = None  # for optimizers that need a second gradient
+        self.halves: Halves | None = None  # for treatments that compare two halves of the batch
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, 0-d."""
@@ -60,8 +69,25 @@ class Task(LightningModule):
         self.total_steps = int(self.trainer.estimated_stepping_batches)
         factory, words = split(self.optimizer_factory)
         optimizer = by_role(self.model, factory, **words)
+        scale_lr(optimizer, getattr(self.trainer.datamodule, "batch_size", 0))  # type: ignore[attr-defined]
+        # Fused optimizers would undo the scale of the loss in their kernel, after the treatment of the gradient.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        self.replay = Replay(self) if hasattr(optimizer, "again") else None
+        if self.replay is not None:
+            if self.trainer.scaler is not None:
+                raise ValueError(
+                    f"{type(optimizer).__name__} takes two gradients per step, which trainer.precision=16-mixed cannot "
+                    "repeat, as it steps without a closure. Try bf16-mixed or 32-true"
+                )
+            optimizer.again = self.replay  # type: ignore[attr-defined]
+        if hasattr(self.gradient, "prepare"):  # before the projection's hook, so that its own sees the step alone
+            self.gradient.prepare(self.model, optimizer)  # type: ignore[attr-defined]
+        self.halves = Halves(self) if hasattr(self.gradient, "first_half") else None
+        if hasattr(self.projection, "prepare"):
+            self.projection.prepare(optimizer)  # type: ignore[attr-defined]
         self.projection(self.model)
         optimizer.register_step_post_hook(lambda *_: self.projection(self.model))
+        optimizer.register_step_post_hook(lambda *_: advance(self.model))
         options = dict(self.schedule.keywords) if isinstance(self.schedule, partial) else {}
         if options.get("total") is None:
             options["total"] = self.total_steps
@@ -73,18 +99,41 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.step = self.trainer.global_step + 1
+        place = batch_idx % self.trainer.accumulate_grad_batches
+        if place == 0 and hasattr(self.gradient, "begin_step"):
+            wanted = self.gradient.begin_step(self.step)  # type: ignore[attr-defined]
+            if self.halves is not None:
+                self.halves.wanted = wanted
+        if self.replay is None:
+            self.before_micro_batch(place)
         stepping = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.due = stepping and (self.step == 1 or self.step % every == 0 or self.step == self.total_steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        first = self.replay is None or self.replay.note(batch, batch_idx)
         loss, values = self.learner(self.model, batch, self.loss)
         penalty = self.strategy.penalty(self.model)
-        self._losses.append(loss.detach())
-        self.record({f"train/{name}": value for name, value in values.items()})
+        if hasattr(self.projection, "penalty"):
+            penalty = penalty + self.projection.penalty(self.model)  # type: ignore[attr-defined]
+        if first:
+            self._losses.append(loss.detach())
+            self.record({f"train/{name}": value for name, value in values.items()})
         return loss + penalty
 
+    def before_micro_batch(self, place: int) -> None:
+        """Before the pass whose gradient is stepped with takes micro-batch number `place` of the step."""
+        if self.halves is not None:
+            self.halves.before(place)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if self.replay is None:  # else it is the second gradient that is stepped with
+            self.treat_gradient()
+
+    def treat_gradient(self) -> None:
+        """Applies the gradient treatment to the gradients, which are complete and unscaled."""
+        if self.halves is not None and self.halves.wanted:
+            self.gradient.first_half(*self.halves.take())  # type: ignore[attr-defined]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.record(self.gradient(gradients))
 
@@ -164,6 +213,19 @@ class Task(LightningModule):
         # A checkpoint must never be ahead of the log: what it covers is on disk before it is.
         if self.due:
             self.flush()
+        for name, plugin in self._with_state():
+            checkpoint[name] = {"of": type(plugin).__name__, "state": plugin.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, plugin in self._with_state():
+            saved = checkpoint.get(name, {})
+            if saved.get("of") == type(plugin).__name__:  # a run may go on with another one
+                plugin.load_state_dict(saved["state"])
+
+    def _with_state(self) -> list[tuple[str, Any]]:
+        """The plugins that carry something from step to step, which is not in the model."""
+        plugins = {"gradient": self.gradient, "projection": self.projection}
+        return [(name, plugin) for name, plugin in plugins.items() if hasattr(plugin, "state_dict")]
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -38,16 +38,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1:
-            raise ValueError(f"model.heads and model.kv_heads must be at least 1; got {heads} and {kv_heads}")
-        if site.width % heads:
-            raise ValueError(
-                f"model.width must be a multiple of model.heads; {site.width} is no multiple of {heads}. "
-                f"Try model.width={site.width // heads * heads or heads}"
-            )
-        if heads % kv_heads:
-            raise ValueError(f"model.heads must be a multiple of model.kv_heads; got {heads} and {kv_heads}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, site.width // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width_per_head(site.width, heads, kv_heads)
         self.dropout, self.causal, self.rotation = dropout, causal, rotation
         self.qkv = linear(site.width, (heads + 2 * kv_heads) * self.head_dim, bias=bias, std=std)
         self.out = linear(site.width, site.width, bias=bias, std=out_std, writes_stream=True)
@@ -93,3 +84,21 @@ class Attention(nn.Module):
         """Multiplies the value projection by `first` and the output projection by `last`, in place."""
         self.qkv.weight[-self.kv_heads * self.head_dim :] *= first
         self.out.weight *= last
+
+
+def width_per_head(width: int, heads: int, kv_heads: int | None = None) -> int:
+    """width / heads. Raises ValueError where heads cannot share the width, or queries the keys.
+
+    Models call it with their own arguments, so that the mistake shows before anything is built.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads < 1 or kv_heads < 1:
+        raise ValueError(f"model.heads and model.kv_heads must be at least 1; got {heads} and {kv_heads}")
+    if width % heads:
+        raise ValueError(
+            f"model.width must be a multiple of model.heads; {width} is no multiple of {heads}. "
+            f"Try model.width={width // heads * heads or heads}"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"model.heads must be a multiple of model.kv_heads; got {heads} and {kv_heads}")
+    return width // heads

@@ -8,13 +8,15 @@ from math import sqrt
 from torch import Tensor, nn
 
 from trainkit.model.parts.block import Block
+from trainkit.model.parts.tract import first_layer as build_first_layer
 from trainkit.norm.placement import Placement, Site
 
 
 class Decoder(nn.Module):
     """tokens (B, T) -> logits (B, T, vocab): head(after(blocks(before(features(tokens))))).
 
-    attn and mlp build a sublayer for the site they get. `tie` shares the head's weights with the embedding.
+    attn and mlp build a sublayer for the site they get. `tie` shares the head's weights with the embedding;
+    first_layer="tract" gives the embedding the weight gradient of TrAct (parts/tract.py).
     A leaf may override `features`, embed(tokens) here, to add positions.
     """
 
@@ -30,13 +32,15 @@ class Decoder(nn.Module):
         context: int,
         tie: bool,
         std: float = 0.02,  # of the embedding
+        first_layer: str = "plain",
+        tract_lambda: float = 0.1,
     ):
         super().__init__()
         for key, value in (("vocab", vocab), ("depth", depth), ("width", width), ("context", context)):
             if value < 1:
                 raise ValueError(f"model.{key} must be at least 1; got {value}")
         self.depth, self.width, self.context = depth, width, context
-        self.embed = nn.Embedding(vocab, width)
+        self.embed = build_first_layer(nn.Embedding, first_layer, tract_lambda)(vocab, width)
         nn.init.normal_(self.embed.weight, std=std)
         self.before = norm.before(Site("embed", width, depth=depth, count=2 * depth))
         self.blocks = nn.ModuleList(Block(attn, mlp, norm, width=width, layer=l, depth=depth) for l in range(depth))

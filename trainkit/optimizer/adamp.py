@@ -1,0 +1,74 @@
+"""AdamP: Adam without the radial part of its steps, for scale-invariant weights (Heo et al. 2021, arXiv:2006.08217)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.optimizer import radial
+from trainkit.optimizer.moments import advance, torch_numbers
+from trainkit.optimizer.multi_tensor import Bucket, MultiTensorOptimizer, Tensors, run, zeros_like
+
+
+class AdamP(MultiTensorOptimizer):
+    """W <- (1 - lr λ ρ) W - lr · Π(m̂ / (√v̂ + ε)), m̂ and v̂ being Adam's corrected moments; nesterov: β1 m + (1 - β1) g.
+
+    Π takes the part along W out of the update where W and its gradient are orthogonal up to δ / √d, row by row or as a
+    whole (`trainkit.optimizer.radial`); there ρ = wd_ratio, elsewhere Π changes nothing and ρ = 1. Parameters with one
+    axis are stepped by AdamW. Keeps momentum from growing the length of weights that a normalization makes
+    scale-invariant, and with it from shrinking their effective learning rate. State: 8 bytes per parameter.
+    As the authors' code, except that the projected step and the decay reach W in one addition.
+    """
+
+    whole = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        compile: bool = False,
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        settings |= {"delta": delta, "wd_ratio": wd_ratio, "nesterov": nesterov}
+        super().__init__(params, settings, maximize=maximize, compile=compile)
+
+    def begin(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"exp_avg": zeros_like(p), "exp_avg_sq": zeros_like(p)}
+
+    def update(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        lr, decay, betas = group["lr"], group["weight_decay"], group["betas"]
+        now = torch_numbers(betas, bucket.step, lr=lr, eps=group["eps"])
+        fixed = {"beta1": betas[0], "beta2": betas[1], "nesterov": group["nesterov"], "compile": group["compile"]}
+        matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
+        for part in matrices.windows():
+            moments = part.gradients, part.state("exp_avg"), part.state("exp_avg_sq")
+            u = self.temporary(part.params)
+            found = run(look, u, part.params, *moments, now=now, rows=True, **fixed)
+            q, rho = radial.decide(part.params, found, delta=group["delta"], eps=group["eps"], ratio=group["wd_ratio"])
+            kept = torch._foreach_add(q, torch._foreach_mul(rho, lr * decay)) if decay else q
+            run(shorten, part.params, u, kept, rows=True, compile=group["compile"])
+        moments = others.gradients, others.state("exp_avg"), others.state("exp_avg_sq")
+        run(advance, others.params, *moments, now={**now, "scale": 1 - lr * decay}, **fixed)
+
+
+def look(u: Tensors, w: Tensors, *moments: Tensors, **numbers: Any) -> list[Tensor]:
+    """u <- Adam's step, as it is added; returns what the projection depends on."""
+    torch._foreach_zero_(u)
+    advance(u, *moments, **numbers)
+    return [radial.traces(*tensors) for tensors in zip(w, moments[0], u, strict=True)]
+
+
+def shorten(w: Tensors, u: Tensors, share: Tensors) -> None:
+    """W <- W - share W + u, share: (rows, 1) or (1, 1)."""
+    torch._foreach_addcmul_(w, w, share, value=-1)
+    torch._foreach_add_(w, u)

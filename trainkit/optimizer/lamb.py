@@ -1,0 +1,144 @@
+"""LAMB: Adam's step, made as long as the weight in each layer (You et al. 2019, arXiv:1904.00962)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.optimizer.moments import advance, torch_numbers
+from trainkit.optimizer.multi_tensor import Bucket, MultiTensorOptimizer, Tensors, add, run, zeros_like
+from trainkit.optimizer.norms import norm_of_all, norms_of_pieces, ratios
+
+
+class LAMB(MultiTensorOptimizer):
+    """W <- W - lr · r · u, with u = m̂ / (√v̂ + ε) + λ W and r = φ(‖W‖) / ‖u‖, one number per parameter.
+
+    m̂, v̂: Adam's corrected moments of g / max(1, N / max_grad_norm), N the norm of all gradients of all groups; with
+    max_grad_norm=None, of g. r = 1 where a norm is 0, and for parameters that do not decay (λ = 0), unless
+    always_adapt. φ is the identity; the other settings change this:
+      bias_correction=False   the moments are taken as they are
+      grad_averaging=False    m <- β1 m + g, instead of β1 m + (1 - β1) g
+      trust_clip              r <- min(r, 1)
+      caution                 entries of m̂ / (√v̂ + ε) whose sign is not g's are dropped, the others divided by the share
+                              of those that stay, at least 0.001 (Liang et al. 2024, arXiv:2411.16085)
+      decoupled_decay         λ W is not in u; W <- (1 - lr λ) W before its norm is taken
+      corrected_weight_decay  with decoupled_decay: lr² / (the lr given to the constructor) in place of lr in (1 - lr λ)
+    Trains with batches of tens of thousands, where one learning rate for all layers fails. State: 8 bytes per
+    parameter, and 4 more for a few parameters at a time during a step (for all of them on an accelerator).
+    Defaults and switches are those of timm's LAMB. The paper's form is max_grad_norm=None, always_adapt=True. Unlike
+    timm's, each parameter counts its own steps, those without a gradient left out, and gradients are not changed.
+    """
+
+    whole = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = 1.0,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        caution: bool = False,
+        decoupled_decay: bool = False,
+        corrected_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        compile: bool = False,
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        settings |= {"bias_correction": bias_correction, "grad_averaging": grad_averaging}
+        settings |= {"max_grad_norm": max_grad_norm, "trust_clip": trust_clip, "always_adapt": always_adapt}
+        settings |= {"caution": caution, "decoupled_decay": decoupled_decay}
+        settings |= {"corrected_weight_decay": corrected_weight_decay}
+        super().__init__(params, settings, maximize=maximize, compile=compile)
+
+    def begin(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"exp_avg": zeros_like(p), "exp_avg_sq": zeros_like(p)}
+
+    def update_all(self, found: list[tuple[Bucket, dict[str, Any]]]) -> None:
+        clipped = any(group["max_grad_norm"] is not None for _, group in found)
+        norm = norm_of_all([g for bucket, _ in found for g in bucket.gradients]) if clipped else None
+        for bucket, group in found:
+            for part in bucket.windows():
+                self.move(part, group, norm)
+
+    def move(self, part: Bucket, group: dict[str, Any], norm: Tensor | None) -> None:
+        w, g, lr, decay = part.params, part.gradients, group["lr"], group["weight_decay"]
+        moments = g, part.state("exp_avg"), part.state("exp_avg_sq")
+        u = self.temporary(w)
+        fast = {"compile": group["compile"]}
+
+        corrected = group["decoupled_decay"] and group["corrected_weight_decay"]
+        lr_of_decay = lr**2 / self.defaults["lr"] if corrected and lr else lr
+        shrink = lr_of_decay * decay if group["decoupled_decay"] else 0.0
+        coupled = 0.0 if group["decoupled_decay"] else decay
+
+        (beta1, beta2), age = group["betas"], part.step if group["bias_correction"] else math.inf
+        now: dict[str, float | Tensor] = {**torch_numbers(group["betas"], age, lr=1.0, eps=group["eps"])}
+        if norm is not None and group["max_grad_norm"] is not None:
+            now["clip"] = (norm / group["max_grad_norm"]).clamp(min=1.0).to(w[0].device)
+        fixed = {"beta1": beta1, "beta2": beta2, "gain": 1.0 if group["grad_averaging"] else 1 / (1 - beta1), **fast}
+        if group["caution"]:
+            run(direct, u, w, *moments, now=now, decay=0.0, **fixed)
+            kept = run(agree, u, g, **fast)
+            share = [torch.stack(pieces).sum() / max(p.numel(), 1) for p, pieces in zip(w, kept, strict=True)]
+            norms = run(combine, u, w, each={"share": share}, decay=coupled, **fast)
+        else:
+            norms = run(direct, u, w, *moments, now=now, decay=coupled, **fixed)
+
+        if decay or group["always_adapt"]:
+            lengths, steps = (norms_of_pieces([[n[i] for n in pieces] for pieces in norms]) for i in range(2))
+            rate = ratios(lengths * abs(1 - shrink), steps)
+            rate = lr * (rate.clamp(max=1.0) if group["trust_clip"] else rate)
+        else:
+            rate = u[0].new_full((len(w),), lr)
+        run(step, w, u, now={"shrink": shrink}, each={"rate": rate.unbind()}, decays=shrink != 0, **fast)
+
+
+def direct(
+    u: Tensors,
+    w: Tensors,
+    g: Tensors,
+    *moments: Tensors,
+    decay: float,
+    clip: Tensor | None = None,
+    **numbers: Any,
+) -> list[tuple[Tensor, Tensor]]:
+    """u <- -m̂ / (√v̂ + ε) - λ W; returns ‖W‖ and ‖u‖."""
+    torch._foreach_copy_(u, w)
+    advance(u, g if clip is None else torch._foreach_div(g, clip), *moments, scale=-decay, **numbers)
+    return lengths(w, u)
+
+
+def agree(u: Tensors, g: Tensors) -> list[Tensor]:
+    """Zeroes the entries of u that do not go against g; returns how many others there are."""
+    kept = [(a * b < 0).to(a.dtype) for a, b in zip(u, g, strict=True)]
+    torch._foreach_mul_(u, kept)
+    return [k.sum() for k in kept]
+
+
+def combine(u: Tensors, w: Tensors, *, share: Tensors, decay: float) -> list[tuple[Tensor, Tensor]]:
+    """u <- u / share - λ W; returns ‖W‖ and ‖u‖."""
+    torch._foreach_div_(u, [s.clamp(min=1e-3) for s in share])
+    if decay:
+        torch._foreach_add_(u, w, alpha=-decay)
+    return lengths(w, u)
+
+
+def lengths(w: Tensors, u: Tensors) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch._foreach_norm(w), torch._foreach_norm(u), strict=True))
+
+
+def step(w: Tensors, u: Tensors, *, rate: Tensors, shrink: float, decays: bool) -> None:
+    """W <- W - shrink W + rate u."""
+    if decays:
+        add(w, w, -shrink)
+    torch._foreach_addcmul_(w, u, rate)
