@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainkit.optimizer import radial
-from trainkit.optimizer.moments import advance, torch_numbers
+from trainkit.optimizer.moments import advance, numbers
 from trainkit.optimizer.multi_tensor import Bucket, MultiTensorOptimizer, Tensors, run, zeros_like
 
 
@@ -18,7 +18,8 @@ class AdamP(MultiTensorOptimizer):
     Π takes the part along W out of the update where W and its gradient are orthogonal up to δ / √d, row by row or as a
     whole (`trainkit.optimizer.radial`); there ρ = wd_ratio, elsewhere Π changes nothing and ρ = 1. Parameters with one
     axis are stepped by AdamW. Keeps momentum from growing the length of weights that a normalization makes
-    scale-invariant, and with it from shrinking their effective learning rate. State: 8 bytes per parameter.
+    scale-invariant, and with it from shrinking their effective learning rate. State: 8 bytes per parameter;
+    beside it, one buffer of 4 bytes per entry of the largest parameter, or of several small ones.
     As the authors' code, except that the projected step and the decay reach W in one addition.
     """
 
@@ -47,8 +48,9 @@ class AdamP(MultiTensorOptimizer):
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> None:
         lr, decay, betas = group["lr"], group["weight_decay"], group["betas"]
-        now = torch_numbers(betas, bucket.step, lr=lr, eps=group["eps"])
-        fixed = {"beta1": betas[0], "beta2": betas[1], "nesterov": group["nesterov"], "compile": group["compile"]}
+        now = numbers(betas, bucket.step, lr=lr)
+        fixed = {"beta1": betas[0], "beta2": betas[1], "eps": group["eps"]}
+        fixed |= {"nesterov": group["nesterov"], "compile": group["compile"]}
         matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
         for part in matrices.windows():
             moments = part.gradients, part.state("exp_avg"), part.state("exp_avg_sq")
@@ -63,7 +65,10 @@ class AdamP(MultiTensorOptimizer):
 
 def look(u: Tensors, w: Tensors, *moments: Tensors, **numbers: Any) -> list[Tensor]:
     """u <- Adam's step, as it is added; returns what the projection depends on."""
-    torch._foreach_zero_(u)
+    if torch.compiler.is_compiling():  # which does not fuse _foreach_zero_
+        torch._foreach_copy_(u, [torch.zeros_like(t) for t in u])
+    else:
+        torch._foreach_zero_(u)
     advance(u, *moments, **numbers)
     return [radial.traces(*tensors) for tensors in zip(w, moments[0], u, strict=True)]
 

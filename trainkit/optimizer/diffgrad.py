@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ class DiffGrad(MultiTensorOptimizer):
     def update(self, bucket: Bucket, group: dict[str, Any]) -> None:
         betas = group["betas"]
         lists = [bucket.state(name) for name in ("exp_avg", "exp_avg_sq", "previous_grad")]
-        now = hf_numbers(betas, bucket.step, lr=group["lr"], eps=group["eps"])
-        fixed = {"beta1": betas[0], "beta2": betas[1], "decay": group["weight_decay"], "compile": group["compile"]}
+        now = hf_numbers(betas, bucket.step, lr=group["lr"])
+        fixed = {"beta1": betas[0], "beta2": betas[1], "eps": group["eps"]}
+        fixed |= {"decay": group["weight_decay"], "compile": group["compile"]}
         run(diffgrad, bucket.params, bucket.gradients, *lists, now=now, **fixed)
 
 
@@ -60,11 +62,20 @@ def diffgrad(
         g = torch._foreach_add(g, w, alpha=decay)
     u = [torch.zeros_like(t) for t in w]
     advance(u, g, m, v, **numbers)
-    torch._foreach_sub_(last, g)  # in its place: |g' - g|, then ξ
-    torch._foreach_abs_(last)
-    if torch.compiler.is_compiling():  # which does not fuse _foreach_sigmoid_
-        torch._foreach_copy_(last, [t.sigmoid() for t in last])
-    else:
-        torch._foreach_sigmoid_(last)
-    torch._foreach_addcmul_(w, u, last)
+    torch._foreach_sub_(last, g)  # in its place, for want of memory: g' - g, then 1 / ξ
+    turn(last)
+    torch._foreach_addcdiv_(w, u, last)
     torch._foreach_copy_(last, g)
+
+
+def turn(x: Tensors) -> None:
+    """x <- 1 + exp(-|x|)."""
+    torch._foreach_abs_(x)
+    if x[0].is_cpu or torch.compiler.is_compiling():  # exp2 takes half of exp's time, but has no multi-tensor kernel
+        torch._foreach_mul_(x, -1 / math.log(2))
+        for t in x:
+            t.exp2_()
+    else:
+        torch._foreach_neg_(x)
+        torch._foreach_exp_(x)
+    torch._foreach_add_(x, 1.0)

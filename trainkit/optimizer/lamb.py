@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.optimizer.moments import advance, torch_numbers
+from trainkit.optimizer.moments import advance, numbers
 from trainkit.optimizer.multi_tensor import Bucket, MultiTensorOptimizer, Tensors, add, run, zeros_like
-from trainkit.optimizer.norms import norm_of_all, norms_of_pieces, ratios
+from trainkit.optimizer.norms import lengths, norm_of_all, norms_of_pieces, ratios
 
 
 class LAMB(MultiTensorOptimizer):
@@ -27,7 +27,7 @@ class LAMB(MultiTensorOptimizer):
       decoupled_decay         λ W is not in u; W <- (1 - lr λ) W before its norm is taken
       corrected_weight_decay  with decoupled_decay: lr² / (the lr given to the constructor) in place of lr in (1 - lr λ)
     Trains with batches of tens of thousands, where one learning rate for all layers fails. State: 8 bytes per
-    parameter, and 4 more for a few parameters at a time during a step (for all of them on an accelerator).
+    parameter; beside it, one buffer of 4 bytes per entry of the largest parameter, or of several small ones.
     Defaults and switches are those of timm's LAMB. The paper's form is max_grad_norm=None, always_adapt=True. Unlike
     timm's, each parameter counts its own steps, those without a gradient left out, and gradients are not changed.
     """
@@ -76,16 +76,18 @@ class LAMB(MultiTensorOptimizer):
         u = self.temporary(w)
         fast = {"compile": group["compile"]}
 
-        corrected = group["decoupled_decay"] and group["corrected_weight_decay"]
-        lr_of_decay = lr**2 / self.defaults["lr"] if corrected and lr else lr
+        corrected = group["decoupled_decay"] and group["corrected_weight_decay"] and self.defaults["lr"] > 0
+        lr_of_decay = lr**2 / self.defaults["lr"] if corrected else lr
         shrink = lr_of_decay * decay if group["decoupled_decay"] else 0.0
         coupled = 0.0 if group["decoupled_decay"] else decay
 
         (beta1, beta2), age = group["betas"], part.step if group["bias_correction"] else math.inf
-        now: dict[str, float | Tensor] = {**torch_numbers(group["betas"], age, lr=1.0, eps=group["eps"])}
+        now: dict[str, float | Tensor] = {**numbers(group["betas"], age, lr=1.0)}
         if norm is not None and group["max_grad_norm"] is not None:
             now["clip"] = (norm / group["max_grad_norm"]).clamp(min=1.0).to(w[0].device)
-        fixed = {"beta1": beta1, "beta2": beta2, "gain": 1.0 if group["grad_averaging"] else 1 / (1 - beta1), **fast}
+        fixed = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], **fast}
+        if not group["grad_averaging"]:
+            fixed["gain"] = 1 / (1 - beta1)
         if group["caution"]:
             run(direct, u, w, *moments, now=now, decay=0.0, **fixed)
             kept = run(agree, u, g, **fast)
@@ -95,8 +97,8 @@ class LAMB(MultiTensorOptimizer):
             norms = run(direct, u, w, *moments, now=now, decay=coupled, **fixed)
 
         if decay or group["always_adapt"]:
-            lengths, steps = (norms_of_pieces([[n[i] for n in pieces] for pieces in norms]) for i in range(2))
-            rate = ratios(lengths * abs(1 - shrink), steps)
+            of_w, of_u = (norms_of_pieces([[n[i] for n in pieces] for pieces in norms]) for i in range(2))
+            rate = ratios(of_w * abs(1 - shrink), of_u)
             rate = lr * (rate.clamp(max=1.0) if group["trust_clip"] else rate)
         else:
             rate = u[0].new_full((len(w),), lr)
@@ -115,7 +117,7 @@ def direct(
     """u <- -m̂ / (√v̂ + ε) - λ W; returns ‖W‖ and ‖u‖."""
     torch._foreach_copy_(u, w)
     advance(u, g if clip is None else torch._foreach_div(g, clip), *moments, scale=-decay, **numbers)
-    return lengths(w, u)
+    return list(zip(lengths(w), lengths(u), strict=True))
 
 
 def agree(u: Tensors, g: Tensors) -> list[Tensor]:
@@ -130,11 +132,7 @@ def combine(u: Tensors, w: Tensors, *, share: Tensors, decay: float) -> list[tup
     torch._foreach_div_(u, [s.clamp(min=1e-3) for s in share])
     if decay:
         torch._foreach_add_(u, w, alpha=-decay)
-    return lengths(w, u)
-
-
-def lengths(w: Tensors, u: Tensors) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch._foreach_norm(w), torch._foreach_norm(u), strict=True))
+    return list(zip(lengths(w), lengths(u), strict=True))
 
 
 def step(w: Tensors, u: Tensors, *, rate: Tensors, shrink: float, decays: bool) -> None:

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 BLOCK = 1 << 18  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
+COMPILED_BLOCK = 1 << 20  # what a compiled rule reads it reads once; but it may keep temporaries as large as a block
+COMPILED_LEAST = 1 << 13  # below that, calling a graph takes longer than what it saves
 WINDOW = 1 << 22  # elements: bounds what a method keeps from its first pass over the parameters for its second one
 WIDE_WINDOW = 1 << 26  # on an accelerator, which has more to fill
 Rule = Callable[..., Any]
@@ -207,7 +209,7 @@ def run(
 
     each: further lists, of one 0-d tensor per parameter, which are not cut. now: the numbers that change from step to
     step. A compiled rule gets them as 0-d tensors, or it would be compiled again for every value; so a rule only
-    multiplies or divides by them.
+    multiplies or divides by them (what it adds, torch makes a constant of the graph).
     Returns, for each tensor, the rule's results for its pieces (a rule may return one value per tensor, such as a sum).
     """
     if not lists[0]:
@@ -216,12 +218,12 @@ def run(
     half = [values[0].dtype in (torch.float16, torch.bfloat16) for values in lists]
     any_half, now, each = any(half), now or {}, each or {}
     moving = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in now.items()} if compile else {}
-    for owners, block in blocks(lists, rows=rows, whole=compile):
+    for owners, block, whether in blocks(lists, rows=rows, compile=compile):
         widened = block
         if any_half:
             widened = [[t.float() for t in values] if h else values for values, h in zip(block, half, strict=True)]
         theirs = {name: [values[i] for i in owners] for name, values in each.items()}
-        if compile and suits(widened):
+        if whether:
             fast = compiled(rule, kinds(*widened, *theirs.values()), tuple(settings.items()))
             returned = fast(*widened, **theirs, **moving, **settings)
         else:
@@ -232,11 +234,6 @@ def run(
             for owner, value in zip(owners, returned, strict=True):
                 results[owner].append(value)
     return results
-
-
-def suits(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether to compile for these: torch makes graphs of their own for axes of one or none, and for other strides."""
-    return all(n > 1 for t in lists[0] for n in t.shape) and all(t.is_contiguous() for values in lists for t in values)
 
 
 def kinds(*lists: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -284,9 +281,12 @@ def add(w: Tensors, u: Tensors, rate: float | Tensor) -> None:
 
 
 def blocks(
-    lists: Sequence[Sequence[Tensor]], *, rows: bool, whole: bool
-) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
-    """Pieces of parallel lists: whose they are (indices into the lists), and the lists of pieces."""
+    lists: Sequence[Sequence[Tensor]], *, rows: bool, compile: bool
+) -> Iterator[tuple[list[int], list[list[Tensor]], bool]]:
+    """Pieces of parallel lists: whose they are (indices into the lists), the lists of pieces, and whether to compile.
+
+    Not compiled is what torch would make many graphs of (other strides; sizes of one or none) or what is too small.
+    """
     laid = [lay(tensors, rows=rows) for tensors in zip(*lists, strict=True)]
     copies: list[tuple[Tensor, Tensor]] = []  # memory that cannot be seen as a matrix, and what stands for it
     if rows:
@@ -294,28 +294,36 @@ def blocks(
         pairs = [pair for old, new in zip(laid, matrices, strict=True) for pair in zip(old, new, strict=True)]
         copies = [(t, matrix) for t, matrix in pairs if t.data_ptr() != matrix.data_ptr()]
         laid = matrices
-    small: list[int] = []  # parameters that share a block
-    held = 0
     on_cpu = lists[0][0].device.type == "cpu"
+    shared: dict[bool, list[int]] = {True: [], False: []}  # parameters that share a block, by whether it is compiled
+    held = 0
+
+    def together(indices: list[int]) -> list[list[Tensor]]:
+        return [[laid[i][k] for i in indices] for k in range(len(lists))]
+
     for i, tensors in enumerate(laid):
         size, lies = tensors[0].numel(), all(t.is_contiguous() for t in tensors)
-        flat = [t.view(-1) for t in tensors] if lies and not rows and (whole or size > BLOCK) else tensors
-        if not on_cpu:
-            small.append(i)
-        elif whole:
-            yield [i], [[t.detach()] for t in flat]  # of an nn.Parameter, torch would make a graph for its size alone
-        elif size > BLOCK and lies:
-            pieces, owner = min(len(flat[0]), -(-size // BLOCK)), [i]
-            for piece in zip(*[t.tensor_split(pieces) for t in flat], strict=True):
-                yield owner, [[t] for t in piece]
+        fits = compile and lies and all(n > 1 for n in tensors[0].shape) and not (on_cpu and size < COMPILED_LEAST)
+        most = COMPILED_BLOCK if fits else BLOCK
+        if fits:  # of an nn.Parameter, torch would make a graph for its size alone
+            laid[i] = tensors = [t.detach() for t in tensors]
+        if lies and not rows and (fits or size > most):
+            laid[i] = tensors = [t.view(-1) for t in tensors]
+        if on_cpu and lies and size > most:
+            pieces = min(len(tensors[0]), -(-size // most))
+            for piece in zip(*[t.tensor_split(pieces) for t in tensors], strict=True):
+                yield [i], [[t] for t in piece], fits
+        elif on_cpu and fits:
+            yield [i], [[t] for t in tensors], True
         else:
-            if small and held + size > BLOCK:
-                yield small, [[laid[j][k] for j in small] for k in range(len(lists))]
-                small, held = [], 0
-            small.append(i)
+            if on_cpu and held and held + size > most:
+                yield shared[False], together(shared[False]), False
+                shared[False], held = [], 0
+            shared[fits].append(i)
             held += size
-    if small:
-        yield small, [[laid[j][k] for j in small] for k in range(len(lists))]
+    for fits, indices in shared.items():
+        if indices:
+            yield indices, together(indices), fits
     for t, matrix in copies:
         t.copy_(matrix.view(t.shape))
 

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainkit.optimizer.multi_tensor import local, wide
+from trainkit.optimizer.multi_tensor import Tensors, local, wide
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """‖t‖ of each tensor, all on one device: (len(tensors),), in at least float32."""
     return torch.stack(torch._foreach_norm([local(t) for t in tensors], 2, dtype=wide(tensors[0].dtype)))
+
+
+def lengths(tensors: Tensors) -> Sequence[Tensor]:
+    """‖t‖ of each tensor, in a rule."""
+    if torch.compiler.is_compiling():  # which does not fuse _foreach_norm
+        return [torch.linalg.vector_norm(t) for t in tensors]
+    return torch._foreach_norm(tensors)
 
 
 def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:

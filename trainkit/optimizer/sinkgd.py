@@ -71,13 +71,15 @@ def sinkhorn(x: Tensor, out: Tensor, iterations: int, eps: float) -> Tensor:
     """
     k, m, n = x.shape
     torch.mul(x, x, out=out)
-    r, c = x.new_empty(k, m, 1), x.new_ones(k, n, 1)  # squares of the factors, but for constants
+    r, c = out.sum(-1, keepdim=True), x.new_empty(k, n, 1)  # squares of the factors, but for constants
     h, r_, c_ = (out[0], r[0, :, 0], c[0, :, 0]) if k == 1 else (out, r, c)
     product = torch.mv if k == 1 else torch.bmm  # of one matrix, in half the time on a CPU
     # The least sum is so large that its reciprocal is finite: rows of zeros have a finite factor, and stay zeros.
     least = 1e8 * torch.finfo(x.dtype).tiny
     for i in range(iterations):
-        product(h, c_, out=r_).clamp_(min=least if i else max(least, eps * eps)).reciprocal_()
+        if i:
+            product(h, c_, out=r_)
+        r.clamp_(min=least if i else max(least, eps * eps)).reciprocal_()
         product(h.mT, r_, out=c_).clamp_(min=least).reciprocal_()
     torch.mul(x, c.mul_(m).sqrt_().mT, out=out)  # n from the rows, m / n from the columns
     return r.sqrt_()
