@@ -8,12 +8,14 @@ which trainkit/launch/job.py reads like. `python run.py --help` shows the menu.
 import sys
 
 from trainkit.launch.explain import UserError
+from trainkit.launch.launched import adopt
 from trainkit.launch.preflight import preflight
 from trainkit.launch.resume import recorded
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 finished, 1 failed, 2 the user's mistake."""
+    """Returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 128 + n told to stop by signal n."""
+    adopt()
     plan = preflight(argv)
     if plan.passthrough:
         return hydra_itself()
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
         execute(plan.configs[0], plan.overrides[0])
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no number any more."""
+"""Stops a run whose loss is no number any more, or goes on without the step; says how far a loss stands out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections import deque
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from trainkit.launch.console import log
-from trainkit.task.base import Task
+from trainkit.task.base import SkipStep, Task
+
+LEAST = 10  # losses that a score needs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -19,28 +22,53 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Guard(Callback):
-    """Raises NonFiniteLoss, or warns once (on_non_finite="warn"), with the step, the loss and the first layer, in the
-    model's order, that has a non-finite gradient.
+    """Looks for a loss or a gradient that is no number, and logs train/loss_spike.
+
+    on_non_finite="stop" raises NonFiniteLoss, "warn" says it once and goes on, both with the step, the loss and the
+    first layer, in the model's order, that has a non-finite gradient. "skip" does not take such a step: its gradients
+    are dropped, weights and optimizer stay as they are, the model's buffers (copied before every step) become what they
+    were, as running statistics would never get rid of a NaN; the schedule and the data go on. train/skipped_steps
+    counts them, and `max_skips` of them in a row raise NonFiniteLoss.
 
     On the CPU every step is checked before it reaches the weights, its gradients too. Elsewhere that would wait for the
     device at every step: there the losses are only kept, and looked at before a validation, before a checkpoint, and
     when train/loss has been fetched to be logged. The step and the loss named are then still the first bad ones; the
     layer is that of the step in which it was noticed. A checkpoint is never made of weights that a bad loss reached.
+    "skip" cannot look later, so it does wait, once per step, and all ranks skip what one of them must. Under
+    trainer.precision=16-mixed infinite gradients are the loss scale's business, which skips the step itself.
+
+    train/loss_spike = (l - mean) / std, with l the loss of the step and mean and std (of a sample, with n - 1) those of
+    the finite losses among the `window` steps before it: causal, 0 where they were all equal, from the 10th on; under
+    several ranks the mean of their scores. Beyond about 6 a loss is a spike. Computed on the device.
     """
 
-    def __init__(self, on_non_finite: str = "stop"):
-        if on_non_finite not in ("stop", "warn"):
-            raise ValueError(f"callbacks.guard.on_non_finite must be stop or warn; got {on_non_finite!r}")
-        self.on_non_finite = on_non_finite
+    def __init__(self, on_non_finite: str = "stop", max_skips: int = 10, window: int = 100):
+        if on_non_finite not in ("stop", "skip", "warn"):
+            raise ValueError(f"callbacks.guard.on_non_finite must be stop, skip or warn; got {on_non_finite!r}")
+        if max_skips < 1:
+            raise ValueError(f"callbacks.guard.max_skips must be at least 1; got {max_skips}")
+        if window < LEAST:
+            raise ValueError(f"callbacks.guard.window must be at least {LEAST} steps; got {window}")
+        self.on_non_finite, self.max_skips, self.window = on_non_finite, max_skips, window
         # (step, loss) since the last look: kept, not computed with. Bounded, for runs that are hardly ever logged.
         self.losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)
         self.warned = False
+        self.skipped = self.in_a_row = 0
+        self.buffers: list[Tensor] = []  # the model's, as they were before the step in progress
+        self.before: Tensor | None = None  # the losses of the last `window` steps, in a ring; NaN where there was none
+
+    def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        if self.before is None:
+            self.before = torch.full((self.window,), math.nan)
+        self.before = self.before.to(pl_module.device)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Task, loss: Tensor) -> None:  # type: ignore[override]
         self.losses.append((trainer.global_step + 1, loss.detach()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Task, optimizer: Any) -> None:  # type: ignore[override]
-        if pl_module.device.type == "cpu":
+        if self.on_non_finite == "skip":
+            self._skip(trainer, pl_module)
+        elif pl_module.device.type == "cpu":
             self._look(pl_module, with_gradients=trainer.scaler is None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
@@ -49,6 +77,20 @@ class Guard(Callback):
                 self.losses.clear()
             else:
                 self._look(pl_module)
+        if self.on_non_finite == "skip" and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.buffers = [buffer.clone() for buffer in pl_module.model.buffers()]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if trainer.fit_loop._should_accumulate() or self.before is None:
+            return
+        step, loss = pl_module.step, pl_module.step_loss()
+        if loss is not None:
+            loss = loss.to(self.before.dtype)
+            if pl_module.due and step > LEAST:
+                pl_module.record({"train/loss_spike": spike(loss, self.before)})
+            self.before[step % self.window] = loss
+        if pl_module.due and self.on_non_finite == "skip":
+            pl_module.record({"train/skipped_steps": float(self.skipped)})
 
     def on_validation_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
         self._look(pl_module)
@@ -56,25 +98,74 @@ class Guard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         self._look(pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        before = state_dict["before"]
+        if before is not None and len(before) == self.window:  # the window may have been changed
+            self.before = before
+
+    def _skip(self, trainer: Trainer, task: Task) -> None:
+        """Raises SkipStep where the step in progress is bad on any rank."""
+        kept = [loss for _, loss in self.losses]
+        self.losses.clear()
+        finite = torch.stack(kept).isfinite().all() if kept else torch.ones((), dtype=torch.bool, device=task.device)
+        if trainer.scaler is None:
+            finite = finite & finite_gradients(task)
+        bad = (~finite).to(torch.float32)
+        if trainer.world_size > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if not bool(bad):
+            self.in_a_row = 0
+            return
+        for buffer, value in zip(task.model.buffers(), self.buffers, strict=True):
+            buffer.copy_(value)
+        layer = first_non_finite(task)
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        value = float(torch.stack(kept).sum()) if kept else math.nan
+        step = trainer.global_step + 1
+        if self.in_a_row >= self.max_skips:
+            raise NonFiniteLoss(
+                f"{self.in_a_row} steps in a row were skipped, the last one {step}, where the loss is {value:g}; "
+                f"{_where(task, layer, noticed=step)}. Try a lower optimizer.lr or gradient=clip, or allow more: "
+                "callbacks.guard.max_skips"
+            )
+        if self.in_a_row == 1 and trainer.is_global_zero:
+            log.warning("step %d is skipped: the loss is %g; %s", step, value, _where(task, layer, noticed=step))
+        if trainer.scaler is None:
+            raise SkipStep
+
     def _look(self, task: Task, *, with_gradients: bool = False) -> None:
         kept = list(self.losses)
         self.losses.clear()
-        if not kept or self.warned:
+        if not kept or self.warned or self.on_non_finite == "skip":
             return
         values = torch.stack([loss for _, loss in kept]).tolist()
         bad = [(step, value) for (step, _), value in zip(kept, values, strict=True) if not math.isfinite(value)]
         step, value = bad[0] if bad else (kept[-1][0], values[-1])
-        layer = first_non_finite(task) if bad or (with_gradients and not _all_finite(task)) else None
+        layer = first_non_finite(task) if bad or (with_gradients and not bool(finite_gradients(task))) else None
         if not bad and layer is None:
             return
         message = (
             f"the loss is {value:g} at step {step}; {_where(task, layer, noticed=kept[-1][0])}. Try a lower "
-            "optimizer.lr, a longer schedule.warmup or gradient=clip; callbacks.guard.on_non_finite=warn goes on"
+            "optimizer.lr, a longer schedule.warmup or gradient=clip; callbacks.guard.on_non_finite=skip leaves such "
+            "steps out, warn takes them"
         )
         if self.on_non_finite == "stop":
             raise NonFiniteLoss(message)
         log.warning("%s", message)
         self.warned = True
+
+
+def spike(loss: Tensor, before: Tensor) -> Tensor:
+    """How many standard deviations a loss lies above the mean of the finite ones among those before it, 0-d."""
+    there = before.isfinite()
+    number = there.sum()
+    mean = torch.where(there, before, 0.0).sum() / number
+    std = (torch.where(there, before - mean, 0.0).square().sum() / (number - 1)).sqrt()
+    return torch.where(std > 0, (loss - mean) / std, 0.0)
 
 
 def first_non_finite(task: Task) -> str | None:
@@ -85,10 +176,12 @@ def first_non_finite(task: Task) -> str | None:
     return None
 
 
-def _all_finite(task: Task) -> bool:
-    """Whether the gradients are certainly finite; one pass, which may doubt finite ones whose squares overflow."""
+def finite_gradients(task: Task) -> Tensor:
+    """Whether all gradients are finite, on their device: by their largest entries, as squares could overflow."""
     gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
-    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    if not gradients:
+        return torch.ones((), dtype=torch.bool, device=task.device)
+    return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
 
 
 def _where(task: Task, layer: str | None, noticed: int) -> str:

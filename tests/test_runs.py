@@ -161,9 +161,12 @@ def test_a_word_that_cannot_work_leaves_the_run_as_it_was(words):
 def test_a_damaged_checkpoint_is_named(words):
     run = trainkit.run(words).dir
     checkpoint = run / "checkpoints" / "last.ckpt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.ckpt' cannot be read"):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])  # best.ckpt is the same file
+    with pytest.raises(
+        UserError, match=r"no checkpoint of .* can be read: last\.ckpt, best\.ckpt are damaged"
+    ) as caught:
         trainkit.run([f"resume={run}", "trainer.max_steps=10"])
+    assert "put back a copy" in str(caught.value)
 
 
 def test_a_folder_with_other_things_in_it_is_not_written_to(words, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch.composition import Composition
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MANY = ("callbacks", "logger")  # groups of named listeners, of which several may be chosen
 ON_ERROR = ("continue", "stop")
+# The launchers that go with a sweep, and the extra of pyproject.toml that brings each.
+LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "joblib": "joblib"}
 OVERLAYS = ("experiment", "debug")  # they pin a whole run: what they choose beats a companion, not the command line
 
 
@@ -36,13 +39,32 @@ def check_sweep(word: Override, multirun: bool) -> None:
         )
 
 
-def check_jobs(cfg: DictConfig) -> None:
+def check_launcher(word: Override) -> None:
+    """A launcher of ours is installed, or the user is told how to."""
+    extra = LAUNCHERS.get(str(word.value()))
+    if extra is None:
+        return
+    try:
+        found = find_spec(f"hydra_plugins.hydra_{'submitit' if extra == 'slurm' else extra}_launcher")
+    except ModuleNotFoundError:  # no launcher at all
+        found = None
+    if found is None:
+        raise UserError(f"{word.input_line} is not installed", f"pip install 'trainkit[{extra}]'")
+
+
+def check_jobs(cfg: DictConfig, launcher: str = "basic") -> None:
     """What is said about the sweep as a whole can be done; cfg: of its first job."""
     settings = cfg.sweep
     if settings.on_error not in ON_ERROR:
         raise UserError(f"sweep.on_error is {' or '.join(ON_ERROR)}; got {shown(settings.on_error)}")
     if settings.jobs < 1:
         raise UserError(f"sweep.jobs counts the jobs that run at the same time, at least 1; got {settings.jobs}")
+    if launcher != "basic" and settings.jobs > 1:
+        raise UserError(
+            f"sweep.jobs={settings.jobs} is for a sweep without a launcher; hydra/launcher={launcher} decides "
+            "by itself how many jobs run at the same time",
+            "its settings: python run.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 …",
+        )
     if not isinstance(settings.resume, (str, type(None))):
         raise UserError(f"sweep.resume is the directory of a sweep, or last; got {shown(settings.resume)}")
     if cfg.mode == "train" and cfg.resume:

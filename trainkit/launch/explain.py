@@ -14,6 +14,8 @@ LINES, WIDTH = 3, 240
 class UserError(ValueError):
     """A mistake in the command line or in a YAML file; its message has at most three lines and says all there is."""
 
+    exit_code = 2
+
     def __init__(self, *lines: str):
         kept = [shorten(line) for line in lines if line][:LINES]
         super().__init__("\n".join(kept))

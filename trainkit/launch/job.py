@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from trainkit.launch import rundir, versions
+from trainkit.launch.checkpoints import newest
 from trainkit.launch.children import die_with
 from trainkit.launch.compose import overlay
 from trainkit.launch.console import log, show, to_file, to_terminal
+from trainkit.launch.disk import DiskError
 from trainkit.launch.explain import UserError
 from trainkit.launch.footprint import footprint
+from trainkit.launch.interruption import Interrupted, requeue
+from trainkit.launch.launched import check_launch, launched
 from trainkit.launch.machine import default_threads
 from trainkit.launch.monitors import check_monitors
 from trainkit.launch.preflight import check_config
+from trainkit.launch.ranks import Agreement, supervise, tell_directory, together, told_directory
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
@@ -56,13 +61,24 @@ def execute(cfg: DictConfig, overrides: list[str]) -> Result:
     from trainkit.launch.convert import convert  # made of the parts below
 
     to_terminal()
+    if "accelerator" in cfg.trainer and cfg.mode == "train":
+        check_launch(cfg.trainer)
     if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:  # so rank 0 started this process
         die_with(rundir.read_json(Path(os.environ[rundir.SHARED_DIR], "result.json"))["pid"])
-    return {"train": train, "eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
+    try:
+        return {"train": train, "eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
+    except Interrupted as stopped:
+        if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
+            sys.exit(0)  # rank 0 tells; Lightning would kill it where a process that it started ends with another code
+        if rundir.rank() == 0:
+            requeue(stopped)
+        raise
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> Result:
     """Data, model, fit, test; everything that is learnt on the way lies in the run directory."""
+    if launched() is not None and rundir.rank() > 0:  # rank 0 prepares the data meanwhile
+        os.environ[rundir.SHARED_DIR] = str(told_directory())
     previous = _previous(cfg)
     if previous is not None:
         continues(cfg, previous)
@@ -70,7 +86,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
     with mistakes():
         data = build_data(cfg)
         task = build_task(cfg)
-        if previous is not None and (previous / "checkpoints" / "last.ckpt").is_file():
+        checkpoint, damaged = newest(previous) if previous is not None else (None, [])
+        if checkpoint is not None:
             give_form(task, cfg.to)  # the weights come from the checkpoint
         else:
             initialize(task, cfg)
@@ -78,7 +95,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
         trainer = build_trainer(cfg, task, run.dir)
         data.trainer = trainer
         data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
-        checkpoint = run.checkpoint()
+        if not run.primary and run.dir.is_dir():  # a further rank, which is not told what is resumed
+            checkpoint, damaged = newest(run.dir)
         start = step_of(checkpoint) if checkpoint else 0
         if previous is not None:
             not_finished(previous, checkpoint, start, trainer.max_steps)
@@ -86,19 +104,23 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
         loggers = trainer.loggers = build_loggers(cfg, run, start)
         if run.primary:
             save_config(cfg, run.dir / "config.yaml")
+            tell_directory(run.dir)
             show(opening(cfg, run, describe(task.model)))
+            for line in damaged:
+                log.warning("%s", line)
             idle = unused_norm_layer(overrides, make(cfg, "norm_layer"), cfg.model.get("width", 64), task.model)
             if idle:
                 log.warning("warning: %s", idle)
         try:
             began = time.perf_counter()
-            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            run.result["seconds"] = run.before.get("seconds", 0.0) + time.perf_counter() - began
-            run.result |= footprint(task.model, trainer.optimizers)
-            metrics = _numbers(trainer)
-            if trainer.state.finished:
-                trainer.test(task, datamodule=data, verbose=False)
-                metrics |= _numbers(trainer)
+            with together(run, trainer, lambda: finish_loggers(loggers, failed=True)):
+                trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                run.result["seconds"] = run.before.get("seconds", 0.0) + time.perf_counter() - began
+                run.result |= footprint(task.model, trainer.optimizers)
+                metrics = _numbers(trainer)
+                if trainer.state.finished:
+                    trainer.test(task, datamodule=data, verbose=False)
+                    metrics |= _numbers(trainer)
         finally:
             finish_loggers(loggers)
         if run.resumed:  # it may have been stopped after its last step, or before it wrote what it knew
@@ -122,9 +144,11 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
         data = build_data(own)
         task = build_task(own)
         from_run(task, directory, checkpoint=own.checkpoint, form=own.to)
-    target = rundir.given(cfg.paths.run_dir) if cfg.paths.run_dir else rundir.next_dir(directory / "eval")
-    rundir.make(target)
-    with to_file(target / "run.log"):
+    primary, target = rundir.rank() == 0, directory / "eval"
+    if primary:
+        target = rundir.given(cfg.paths.run_dir) if cfg.paths.run_dir else rundir.next_dir(target)
+        rundir.make(target)
+    with to_file(target / "run.log") if primary else nullcontext():
         with mistakes():
             trainer = make(own, "trainer")(callbacks=[], run_dir=target)
         metrics: dict[str, float] = {}
@@ -132,11 +156,13 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
             for evaluation in (trainer.validate, trainer.test):
                 evaluation(task, datamodule=data, verbose=False)
                 metrics |= _numbers(trainer)
-        result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
-        rundir.write_json(target / "result.json", result | {"ended": time.time(), "versions": versions.versions()})
-        for name, value in metrics.items():
-            log.info("%s %.6g", name, value)
-        log.info("written to %s", target / "result.json")
+        if primary:
+            result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
+            result |= {"ended": time.time(), "versions": versions.versions()}
+            rundir.write_json(target / "result.json", result)
+            for name, value in metrics.items():
+                log.info("%s %.6g", name, value)
+            log.info("written to %s", target / "result.json")
     return Result(target, metrics, "finished")
 
 
@@ -186,13 +212,14 @@ def build_loggers(cfg: DictConfig, run: Run, start: int) -> list[Logger]:
     return [jsonl, *(made if isinstance(made, list) else [made])]
 
 
-def finish_loggers(loggers: list[Logger]) -> None:
-    """Closes every logger, telling those that ask (W&B) how the run ended."""
-    failed = sys.exc_info()[0] is not None
+def finish_loggers(loggers: list[Logger], *, failed: bool = False) -> None:
+    """Closes every logger, telling those that ask (W&B) how the run ended; failed: even if nothing was raised here."""
+    error = sys.exc_info()[1]
+    exit_code = int(failed) if error is None else error.code if isinstance(error, Interrupted) else 1
     for logger in loggers:
-        logger.finalize("failed" if failed else "success")
+        logger.finalize("failed" if exit_code else "success")
         if hasattr(logger, "finish"):
-            logger.finish(exit_code=int(failed))  # type: ignore[attr-defined]
+            logger.finish(exit_code=exit_code)  # type: ignore[attr-defined]
 
 
 def fix_threads(cfg: DictConfig, previous: Path | None) -> None:
@@ -212,7 +239,9 @@ def fix_threads(cfg: DictConfig, previous: Path | None) -> None:
 def build_trainer(cfg: DictConfig, task: Task, directory: Path) -> Trainer:
     callbacks = make(cfg, "callbacks") or {}
     check_monitors(callbacks, task)
-    return make(cfg, "trainer")(callbacks=list(callbacks.values()), run_dir=directory)
+    trainer = make(cfg, "trainer")(callbacks=[*callbacks.values(), Agreement()], run_dir=directory)
+    supervise(trainer)
+    return trainer
 
 
 def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
@@ -230,7 +259,9 @@ def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
     else:
         directory, before = rundir.new_dir(cfg.paths.log_dir, cfg.name or cfg.choices.model), {}
     # Drawn from the system and not from `random`, which the seed makes the same in every run.
-    run_id = before.get("id") or secrets.token_hex(4)
+    # W&B's agent knows the run that it started by the id that it gave it.
+    drawn = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    run_id = before.get("id") or drawn or secrets.token_hex(4)
     result = before | {"status": "running", "id": run_id, "overrides": overrides, "choices": dict(cfg.choices)}
     result |= {"started": before.get("started", time.time()), "pid": os.getpid(), "versions": versions.versions()}
     return Run(
@@ -245,7 +276,7 @@ def step_of(checkpoint: Path) -> int:
     except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise UserError(
             f"{str(checkpoint)!r} cannot be read: {str(error).splitlines()[0]}",
-            f"copy best.ckpt over it, or start another run: init_from={checkpoint.parents[1]} checkpoint=best",
+            f"remove it to go on from the one before, or start another run: init_from={checkpoint.parents[1]}",
         ) from error
 
 
@@ -287,7 +318,7 @@ def reported(run: Run, trainer: Trainer, start: int) -> Iterator[None]:
     A ValueError before the first step is a setting that cannot work, so the user's mistake; a run that was to be
     continued then stays what it was.
     """
-    config = (run.dir / "config.yaml").read_bytes() if run.resumed else b""
+    config = (run.dir / "config.yaml").read_text() if run.resumed else ""
     try:
         yield
         run.result["ended"] = time.time()
@@ -295,17 +326,24 @@ def reported(run: Run, trainer: Trainer, start: int) -> Iterator[None]:
         run.result["ended"] = time.time()
         unchanged = isinstance(error, Exception) and trainer.global_step <= start
         if unchanged and run.resumed and run.primary:
-            (run.dir / "config.yaml").write_bytes(config)
+            with suppress(OSError):  # in one piece or not at all: the disk may be why it failed
+                rundir.write_text(run.dir / "config.yaml", config)
             run.result = run.before
+            if isinstance(error, DiskError):
+                raise
             raise UserError(f"the run could not be continued: {error}") from error
         if unchanged and isinstance(error, (ValueError, MisconfigurationException)):
             run.result |= {"status": "failed", "reason": str(error)}
             raise UserError(str(error)) from error
         stopped = error.__context__ if isinstance(error, SystemExit) else error  # Lightning's exit after Ctrl-C
+        if isinstance(error, Interrupted):
+            run.result |= {"status": "interrupted", "reason": str(error)}
+            log.info("%s; go on with resume=%s", error, run.dir)
+            raise
         status = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "failed"
         run.result |= {"status": status, "reason": f"{type(stopped).__name__}: {stopped}"}
         if run.primary:
-            with (run.dir / "run.log").open("a") as file:
+            with suppress(OSError), (run.dir / "run.log").open("a") as file:  # the disk may be why it failed
                 traceback.print_exc(file=file)
         raise
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from math import inf
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from trainkit.launch.disk import writing
 from trainkit.launch.rundir import write_text
 from trainkit.report.metrics_file import Row, line, parse, readable
 
@@ -30,7 +32,7 @@ class JsonlLogger(Logger):
     def __init__(self, run_dir: str | Path):
         super().__init__()
         self.path = Path(run_dir) / "metrics.jsonl"
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None  # without a buffer, which on a full disk would be written again at the end
         self._start = 0  # where the last line begins
         self._last: Row = {}
 
@@ -50,9 +52,11 @@ class JsonlLogger(Logger):
             self._start, self._last = file.seek(0, 2), {"step": step}
         self._last |= metrics
         file.seek(self._start)
-        file.write(line(self._last).encode())
-        file.truncate()
-        file.flush()
+        rest = memoryview(line(self._last).encode())
+        with writing(self.path, self.path.parent):
+            while rest:
+                rest = rest[file.write(rest) :]
+            file.truncate()
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -69,20 +73,21 @@ class JsonlLogger(Logger):
             self._file.close()
             self._file = None
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> FileIO:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            self._file = self.path.open("r+b")
+            with writing(self.path, self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.touch()
+                self._file = FileIO(self.path, "r+")
             self._keep(self._file)
         return self._file
 
-    def _keep(self, file: IO[bytes], last_step: float = inf) -> None:
+    def _keep(self, file: FileIO, last_step: float = inf) -> None:
         """Cuts the file behind its last whole line of a step up to `last_step`, which becomes the last line."""
         position = end = self._start = 0
         self._last = {}
         file.seek(0)
-        for text in file:
+        for text in file.read().splitlines(keepends=True):
             row = parse(text) if text.endswith(b"\n") else None
             if row is not None and row["step"] > last_step:
                 break
@@ -118,9 +123,10 @@ class CsvLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         step = self._last.get("step", 0) if step is None else int(step)
         if not self._columns or not set(metrics) <= set(self._columns):
-            self._rebuild()
+            with writing(self.path, self.path.parent):
+                self._rebuild()
             return
-        with self.path.open("r+b") as file:
+        with writing(self.path, self.path.parent), self.path.open("r+b") as file:
             if step != self._last.get("step"):
                 self._start, self._last = file.seek(0, 2), {"step": step}
             self._last |= metrics

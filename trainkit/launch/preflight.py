@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch import rundir, words
-from trainkit.launch.choices import check_choice, check_companions, check_inner, check_jobs, check_sweep
+from trainkit.launch.choices import (
+    check_choice,
+    check_companions,
+    check_inner,
+    check_jobs,
+    check_launcher,
+    check_sweep,
+)
 from trainkit.launch.compose import assign, choose, is_value, register_resolvers, search
 from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean
@@ -90,6 +97,8 @@ def check(argv: Sequence[str]) -> Plan:
     standing = default_groups()
     for word in parsed:
         check_sweep(word, line.multirun)
+        if word.key_or_group == "hydra/launcher":
+            check_launcher(word)
         if _is_choice(word, folders):
             _each_option(word, lambda one: check_choice(one, folders, standing))
         if word.key_or_group == "hydra.mode":
@@ -97,8 +106,9 @@ def check(argv: Sequence[str]) -> Plan:
     jobs = words.jobs(parsed) if line.multirun else [line.overrides]
     compose = _remembering(choose) if line.multirun else choose
     configs = [_check_job(job, folders, compose) for job in jobs]
+    launcher = next((str(w.value()) for w in reversed(parsed) if w.key_or_group == "hydra/launcher"), "basic")
     if line.multirun:
-        check_jobs(configs[0])
+        check_jobs(configs[0], launcher)
     return Plan(
         overrides=[
             settled([word for word in job if not word.startswith(OF_THE_SWEEP)], cfg)
@@ -107,7 +117,7 @@ def check(argv: Sequence[str]) -> Plan:
         configs=configs,
         multirun=line.multirun,
         passthrough=line.for_hydra,
-        launcher=next((str(w.value()) for w in reversed(parsed) if w.key_or_group == "hydra/launcher"), "basic"),
+        launcher=launcher,
         words=line.overrides,
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from trainkit.launch import rundir
@@ -28,8 +30,13 @@ def recorded(plan: Plan) -> Plan:
         return _sweep(plan) if cfg.sweep.resume is not None else plan
     if cfg.mode != "train" or not cfg.resume:
         return plan
-    directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
-    rundir.check_free(directory)
+    shared = os.environ.get(rundir.SHARED_DIR)
+    if rundir.rank() > 0 and shared:
+        directory = Path(shared)  # rank 0 has found it, and holds it
+    else:
+        directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
+        if rundir.rank() == 0:  # under torchrun, which has started the other ranks by itself, it may hold it already
+            rundir.check_free(directory)
     result, words = rundir.read_json(directory / "result.json"), plan.overrides[0]
     typed = {key(word) for word in words}
     before = [w for w in result.get("overrides", []) if key(w) not in typed and key(w) not in TYPED_ONLY]

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from trainkit.launch.disk import writing
 from trainkit.launch.explain import UserError
+from trainkit.launch.rundir import write_text
 
 FACTS = ("vocab", "classes", "image", "bytes_per_token", "unigram_entropy")  # what only reading the data tells
 
@@ -30,7 +32,8 @@ def save_config(cfg: DictConfig, path: Path) -> None:
     resolved = _resolved(cfg)
     keys = {id(value): key for key, value in resolved.items() if isinstance(value, dict)}
     names: dict[int, str] = {}
-    path.write_text(yaml.dump(resolved, Dumper=Anchored, sort_keys=False, allow_unicode=True))
+    with writing(path, path.parent):
+        write_text(path, yaml.dump(resolved, Dumper=Anchored, sort_keys=False, allow_unicode=True))
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from trainkit.launch.console import log
+from trainkit.launch.disk import writing
 from trainkit.launch.explain import UserError
 
 SHARED_DIR = "TRAINKIT_RUN_DIR"  # tells the further ranks of a run the directory that rank 0 made
@@ -173,19 +175,22 @@ class Run:
         if self.primary:
             make(self.dir)
             self._lock = lock(self.dir)
-            write_json(self.dir / "result.json", self.result)
+            with writing(self.dir / "result.json", self.dir):
+                write_json(self.dir / "result.json", self.result)
             os.environ[SHARED_DIR] = str(self.dir)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.primary and self._lock is not None:
-            write_json(self.dir / "result.json", self.result)
             os.environ.pop(SHARED_DIR, None)
-            unlock(self._lock)
-
-    def checkpoint(self, which: str = "last") -> Path | None:
-        path = self.dir / "checkpoints" / f"{which}.ckpt"
-        return path if path.is_file() else None
+            try:
+                write_json(self.dir / "result.json", self.result)
+            except OSError as problem:
+                if error is None:
+                    raise
+                log.warning("result.json could not be written (%s)", problem.strerror)  # `error` is what is to be told
+            finally:
+                unlock(self._lock)
 
 
 # A lock belongs to the open file, which a fork shares: a loader's worker would hold it for seconds after its run died.

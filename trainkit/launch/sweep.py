@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from trainkit.launch import rundir
 from trainkit.launch.children import LEFT_OVER, Child, end
 from trainkit.launch.console import log, show, to_terminal
 from trainkit.launch.explain import UserError, shorten
+from trainkit.launch.launched import launched
 from trainkit.launch.machine import default_threads, gpus
 from trainkit.launch.preflight import Plan
 from trainkit.launch.summary import clock, label, table, varied, write
@@ -46,8 +47,10 @@ def sweep(plan: Plan) -> int:
     """
     to_terminal()
     first = plan.configs[0]
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UserError("a sweep starts its processes itself: call run.py -m without torchrun, with trainer.devices=N")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 or launched() is not None:
+        raise UserError(
+            "a sweep starts its processes itself: call run.py -m without torchrun or srun, with trainer.devices=N"
+        )
     resumed = first.sweep.resume is not None
     if resumed:
         directory = rundir.find_sweep(first.sweep.resume, first.paths.log_dir, first.name)
@@ -91,12 +94,11 @@ def _may_use_gpus(cfg: DictConfig) -> bool:
 
 @dataclass
 class Running:
-    """A job in progress: its number, its process, its GPUs, and how long earlier attempts took."""
+    """A job in progress: its number, its process and its GPUs."""
 
     number: int
     child: Child
     gpus: list[str]
-    before: float
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Sweep:
             "started": old.get("started", time.time()),
             "words": old.get("words", self.plan.words),
             "jobs_at_once": shared,
+            "on_error": settings.on_error,
             "jobs": self.jobs,
         }
 
@@ -146,9 +149,14 @@ class Sweep:
             if self.resumed:
                 self._recall(number)
         self._save()
-        with signals() as received:
+        with signals() if self.plan.launcher == "basic" else nullcontext([]) as received:
             try:
-                self._all(lambda: bool(received))
+                if self.plan.launcher == "basic":
+                    self._all(lambda: bool(received))
+                else:
+                    self._through_the_launcher()
+            except KeyboardInterrupt:
+                received.append(signal.SIGINT)
             finally:
                 number = signal.SIGINT if received[:1] == [signal.SIGINT] else signal.SIGTERM
                 end([job.child for job in self.running], number, GRACE, hurry=lambda: len(received) > 1)
@@ -183,6 +191,27 @@ class Sweep:
                         waiting = []
             self._sweep_up()
 
+    def _through_the_launcher(self) -> None:
+        """Hands the waiting jobs to a Hydra launcher and notes each as it ends, wherever that was."""
+        from trainkit.launch.launchers import Outcome, launch
+
+        waiting = [number for number, job in enumerate(self.jobs) if job["status"] != "finished"]
+        for number in waiting:
+            target = self.directory / str(number)
+            job = self.jobs[number]
+            words = [word for word in job["overrides"] if not word.startswith("paths.run_dir=")]
+            job["words"] = [*words, *self._place(number, target)]
+            target.mkdir(exist_ok=True)
+        self._save()
+
+        def ended(outcome: Outcome) -> None:
+            job = self.jobs[outcome.number]
+            del job["words"]
+            job |= {"status": "running", "dir": str(self.directory / str(outcome.number)), "pid": outcome.pid}
+            self._conclude(outcome.number, outcome.code, outcome.pid, outcome.said, outcome.seconds)
+
+        launch(self.plan, self.directory, waiting, ended)
+
     def _room(self, number: int) -> bool:
         return len(self.running) < self.at_once and self.needs[number] <= len(self.free)
 
@@ -206,7 +235,7 @@ class Sweep:
         job |= {"status": "running", "dir": str(target)}
         self._save()
         child = Child([sys.executable, str(RUN), *words], environment, target / rundir.CONSOLE, quiet=quiet)
-        self.running.append(Running(number, child, taken, job["seconds"]))
+        self.running.append(Running(number, child, taken))
         job["pid"] = child.pid
         self._save()
 
@@ -224,32 +253,39 @@ class Sweep:
 
     def _ended(self, job: Running, *, stopped: bool = False) -> str:
         """Notes how a job ended and says so in a line; its status."""
-        child, code = job.child, job.child.poll()
+        child = job.child
         self.running.remove(job)
         self.free += job.gpus
+        code = child.poll()
         if child.send(0):
             self.leftover.append((child, time.monotonic() + LEFT_OVER))
-        result = rundir.read_json(self.directory / str(job.number) / "result.json")
-        own = result.get("pid") == child.pid
+        seconds = time.time() - child.started
+        return self._conclude(job.number, code, child.pid, child.said(), seconds, stopped=stopped)
+
+    def _conclude(
+        self, number: int, code: int | None, pid: int, said: str, seconds: float, *, stopped: bool = False
+    ) -> str:
+        result = rundir.read_json(self.directory / str(number) / "result.json")
+        own = result.get("pid") == pid
         if code == 0 or (own and result["status"] == "finished"):
             status = "finished"
         else:
             status = "interrupted" if stopped or (own and result["status"] == "interrupted") else "failed"
-        entry = self.jobs[job.number]
-        entry |= {"exit_code": code, "seconds": job.before + time.time() - child.started}
-        self._note(job.number, result if own or status == "finished" else {}, status)
+        entry = self.jobs[number]
+        entry |= {"exit_code": code, "seconds": entry["seconds"] + seconds}
+        self._note(number, result if own or status == "finished" else {}, status)
         if status == "failed":
-            entry["reason"] = reason(result if own else {}, code or 0, child.said())
-            self._keep_traceback(job)
+            entry["reason"] = reason(result if own else {}, code or 0, said)
+            self._keep_traceback(number, said)
         self._save()
         took = clock(entry["seconds"])
         if status == "finished":
             metrics = entry["metrics"]
-            said = [f"{name} {metrics[name]:.4f}" for name in ("val/loss", "test/loss") if name in metrics]
+            told = [f"{name} {metrics[name]:.4f}" for name in ("val/loss", "test/loss") if name in metrics]
         else:
-            said = [entry["reason"], str(self._log(job.number))] if status == "failed" else []
+            told = [entry["reason"], str(self._log(number))] if status == "failed" else []
         over = sum(job["status"] not in ("waiting", "running") for job in self.jobs)
-        log.info("%s", "  ".join([self._name(job.number), status, *said, took, f"[{over}/{len(self.jobs)}]"]))
+        log.info("%s", "  ".join([self._name(number), status, *told, took, f"[{over}/{len(self.jobs)}]"]))
         return status
 
     def _note(self, number: int, result: dict[str, Any], status: str) -> None:
@@ -258,9 +294,9 @@ class Sweep:
         metrics = result.get("metrics", {}) if status == "finished" else {}
         self.jobs[number] |= {"status": status, "dir": str(self.directory / str(number)), "metrics": metrics, **known}
 
-    def _keep_traceback(self, job: Running) -> None:
+    def _keep_traceback(self, number: int, said: str) -> None:
         """A job that failed before its run began has told the console only: its log gets the traceback too."""
-        said, path = job.child.said(), self._log(job.number)
+        path = self._log(number)
         written = path.read_text(errors="replace") if path.is_file() else ""
         if said and said.strip().splitlines()[-1] not in written:
             with path.open("a") as file:

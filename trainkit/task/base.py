@@ -19,6 +19,10 @@ from trainkit.task.halves import Halves
 from trainkit.task.replay import Replay
 
 
+class SkipStep(Exception):
+    """Raised once a step's gradients are complete, by whoever finds that it must not be taken."""
+
+
 class Task(LightningModule):
     """Trains `model` on batches: learner -> loss -> backward -> gradient treatment -> optimizer -> projection.
 
@@ -121,6 +125,16 @@ class Task(LightningModule):
             self.record({f"train/{name}": value for name, value in values.items()})
         return loss + penalty
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except SkipStep:  # raised within the closure, before the optimizer has touched anything
+            optimizer.zero_grad()
+            if self.replay is not None:
+                self.replay.kept.clear()
+            if self.halves is not None and self.halves.wanted:
+                self.halves.take()
+
     def before_micro_batch(self, place: int) -> None:
         """Before the pass whose gradient is stepped with takes micro-batch number `place` of the step."""
         if self.halves is not None:
@@ -175,10 +189,15 @@ class Task(LightningModule):
         """Notes 0-d tensors or numbers about the training step in progress, to be logged if it is due."""
         self._records.update(values)
 
+    def step_loss(self) -> Tensor | None:
+        """The mean loss of the micro-batches that the step in progress has seen, 0-d, until it is logged."""
+        return torch.stack(self._losses).mean() if self._losses else None
+
     def flush(self) -> None:
         """Hands what was recorded to the loggers: one stacked transfer, averaged over the ranks."""
-        if self._losses:
-            self._records["train/loss"] = torch.stack(self._losses).mean()
+        loss = self.step_loss()
+        if loss is not None:
+            self._records["train/loss"] = loss
             self._losses.clear()
         if not self._records:
             return
