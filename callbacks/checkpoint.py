@@ -25,8 +25,8 @@ from trainkit.task.base import Task
 class LastAndBest(Checkpoint):
     """<run>/checkpoints/last.ckpt, the ones before it, and best.ckpt: that of the best `monitor` so far.
 
-    A checkpoint is written after every validation, or every `every_n_steps` optimizer steps, after the last step and
-    when a signal stops the run. The last `keep` are kept: last.ckpt, previous.ckpt, previous_2.ckpt, … Each file is
+    A checkpoint is written after every validation, or every `every_n_steps` optimizer steps, at the task's milestones
+    (the ends of a stream's tasks), after the last step and when a signal stops the run. The last `keep` are kept: last.ckpt, previous.ckpt, previous_2.ckpt, … Each file is
     written beside its place, flushed to the disk and renamed, and the older ones move up only once last.ckpt is the new
     one; so at any moment last.ckpt is whole, and so is another one. Names by age need neither a pointer to the newest
     file nor a search for it. A file carries checksums (trainkit/launch/checkpoints.py); a run that goes on from an
@@ -75,7 +75,7 @@ class LastAndBest(Checkpoint):
         if self._saved_step == trainer.global_step or trainer.fit_loop._should_accumulate():
             return
         last = trainer.global_step >= pl_module.total_steps and not trainer.enable_validation
-        if (last or _stopping(trainer) or self._in_turn(trainer)) and not _validation_follows(trainer):
+        if (last or _stopping(trainer) or pl_module.milestone or self._in_turn(trainer)) and not _validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]

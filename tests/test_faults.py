@@ -229,7 +229,8 @@ def in_a_save(process, logs, dice, life) -> bool:
 
 
 def variants(*more):
-    return {name: [f"optimizer={name}", *more] for name in OPTIMIZERS}
+    """One run per optimizer; the second one's batches are drawn ahead, by threads."""
+    return {name: [f"optimizer={name}", f"data.workers={2 * n}", *more] for n, name in enumerate(OPTIMIZERS)}
 
 
 def test_plain_runs(harness):

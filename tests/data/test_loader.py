@@ -1,5 +1,8 @@
 """Who gets which windows of a step; what a loader does without a trainer."""
 
+import threading
+import time
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trainkit.data.loader import FixedLoader, Share, TrainLoader
+from trainkit.data.loader import AHEAD, FixedLoader, Share, TrainLoader
 from trainkit.data.windows import Windows, gather
 
 CONTEXT = 4
@@ -121,3 +124,42 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_one_that_can(batch_si
     expected = f"data.batch_size={batch_size} must be a multiple of {world} processes x trainer.accumulate_grad_batches"
     assert str(error.value).startswith(f"{expected}={accumulation}; try ")
     assert int(str(error.value).split()[-1]) % (world * accumulation) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_neither_the_order_nor_the_numbers(workers):
+    def draws():
+        return (partial(lambda i: (torch.full((2,), i), torch.tensor(i)), i) for i in range(50))
+
+    alone = list(Share(2).drawn(draws()))
+    assert [int(label) for _, label in alone] == list(range(50))
+    for (x, y), (other, label) in zip(alone, Share(2, workers=workers).drawn(draws()), strict=True):
+        assert torch.equal(x, other)
+        assert torch.equal(y, label)
+
+
+def test_workers_draw_ahead_and_end_with_the_pass():
+    drawn = []
+
+    def draw(i):
+        drawn.append(i)
+        return (torch.tensor(i),)
+
+    batches = Share(1, workers=2).drawn(partial(draw, i) for i in range(1000))
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(drawn) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 3 <= len(drawn) <= 1 + AHEAD * 2
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def test_a_workers_error_reaches_the_run():
+    def fail():
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(Share(1, workers=2).drawn([fail]))
+    with pytest.raises(ValueError, match=r"data\.workers must not be negative"):
+        Share.of(None, 8, workers=-1)

@@ -22,12 +22,14 @@ class Images(Pixels):
 
     name: a data set on the hub (`uoft-cs/cifar10`) or a folder of `<split>-*.parquet` files, as the hub keeps them.
     field and label: the columns; null: the usual names. The splits are train, validation (or a tenth of train) and
-    test (or validation). Raises ValueError where the data set cannot be had, has no such column, or sizes differ.
+    test (or validation). size: images are resized to so many pixels in both directions (bicubic); null: as they are.
+    Raises ValueError where the data set cannot be had, has no such column, or sizes differ.
     """
 
     name: str
     field: str | None = None
     label: str | None = None
+    size: int | None = None
 
     def read(self) -> dict[str, Split]:
         found = self._load()
@@ -69,13 +71,23 @@ class Images(Pixels):
         field = self._column(split, "field", self.field, IMAGE_COLUMNS)
         label = self._column(split, "label", self.label, LABEL_COLUMNS)
         log.info("data.name=%s: decoding %d images", self.name, len(split))
-        arrays = [np.asarray(image.convert("RGB") if image.mode != "L" else image) for image in split[field]]
+        arrays = [self._pixels(image) for image in split[field]]
         sizes = {array.shape for array in arrays}
         if len(sizes) > 1:
-            raise ValueError(f"data.name={self.name} must hold images of one size; there are {sorted(sizes)[:3]} …")
+            raise ValueError(
+                f"data.name={self.name} must hold images of one size; there are {sorted(sizes)[:3]} …. "
+                "Try data.size=84, which resizes them"
+            )
         images = np.stack(arrays)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
         return Split(np.ascontiguousarray(images), np.asarray(split[label], dtype=np.int64))
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        """A PIL image -> (height, width) or (height, width, 3)."""
+        image = image if image.mode == "L" else image.convert("RGB")
+        if self.size is not None:
+            image = image.resize((self.size, self.size), resample=3)  # PIL.Image.Resampling.BICUBIC
+        return np.asarray(image)
 
     def _column(self, split: Any, key: str, asked: str | None, usual: tuple[str, ...]) -> str:
         for name in (asked,) if asked else usual:

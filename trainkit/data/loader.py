@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # inputs and what is to be predicted
+Some = TypeVar("Some", bound=tuple[Tensor, ...])
+AHEAD = 2  # batches per worker that wait to be used
 
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of an optimizer step; micro_batch: items per forward pass; pin: in page-locked memory."""
+    """One process's part of an optimizer step; micro_batch: items per forward pass; pin: in page-locked memory.
+
+    workers: threads that draw the next batches meanwhile; 0: each batch is drawn when it is asked for. Threads, as what
+    takes the time, copying out of large arrays, leaves Python's lock to others; nothing has to be sent to them.
+    """
 
     micro_batch: int
     world: int = 1
     rank: int = 0
     accumulation: int = 1
     pin: bool = False
+    workers: int = 0
 
     @classmethod
-    def of(cls, trainer: Trainer | None, batch_size: int) -> Share:
-        """Raises ValueError where `batch_size` cannot be shared out evenly."""
+    def of(cls, trainer: Trainer | None, batch_size: int, workers: int = 0) -> Share:
+        """Raises ValueError where `batch_size` cannot be shared out evenly, or `workers` is negative."""
+        if workers < 0:
+            raise ValueError(f"data.workers must not be negative; got {workers}")
         if trainer is None:
-            return cls(batch_size)
+            return cls(batch_size, workers=workers)
         world, accumulation = trainer.world_size, trainer.accumulate_grad_batches
         micro_batch, left = divmod(batch_size, world * accumulation)
         if left:
@@ -37,7 +49,7 @@ class Share:
                 f"trainer.accumulate_grad_batches={accumulation}; try {(micro_batch + 1) * world * accumulation}"
             )
         pin = trainer.strategy.root_device.type == "cuda"
-        return cls(micro_batch, world, trainer.global_rank, accumulation, pin)
+        return cls(micro_batch, world, trainer.global_rank, accumulation, pin, workers)
 
     @property
     def batch_size(self) -> int:
@@ -62,8 +74,29 @@ class Share:
                 share = replace(share, micro_batch=micro - 1)
         return share if share.batch_size > self.batch_size else self
 
-    def pinned(self, batch: Batch) -> Batch:
-        return (batch[0].pin_memory(), batch[1].pin_memory()) if self.pin else batch
+    def pinned(self, batch: Some) -> Some:
+        if not self.pin:
+            return batch
+        moved = [part.pin_memory() for part in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)  # a NamedTuple, or a tuple
+
+    def drawn(self, draws: Iterable[Callable[[], Some]]) -> Iterator[Some]:
+        """What these functions give, in their order, ready to be used; the order and the numbers do not depend on
+        `workers`."""
+        if not self.workers:
+            yield from (self.pinned(draw()) for draw in draws)
+            return
+        waiting: deque[Future[Some]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
+        try:
+            for draw in draws:
+                waiting.append(pool.submit(lambda draw=draw: self.pinned(draw())))
+                if len(waiting) > AHEAD * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # also where the run ends before the epoch does
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Source(Protocol):
@@ -105,9 +138,13 @@ class TrainLoader:
         # overfit_batches asks for the same few batches in every epoch.
         epoch = 0 if self.trainer and self.trainer.overfit_batches else here["epoch"]  # type: ignore[attr-defined]
         draw = self.source.epoch(self.seed, epoch)
-        for batch in range(here["step"] * share.accumulation, len(self)):
-            begin = (batch * share.world + share.rank) * share.micro_batch
-            yield share.pinned(draw(slice(begin, begin + share.micro_batch)))
+
+        def parts() -> Iterator[Callable[[], Batch]]:
+            for batch in range(here["step"] * share.accumulation, len(self)):
+                begin = (batch * share.world + share.rank) * share.micro_batch
+                yield partial(draw, slice(begin, begin + share.micro_batch))
+
+        yield from share.drawn(parts())
 
     def state_dict(self) -> dict[str, int]:
         """The position, epoch and optimizer step within it, and the two numbers that give it its meaning."""
@@ -130,8 +167,9 @@ class GrowingLoader:
     `epoch`, at the optimizer step `since`, plus a batch for every step that the trainer has made after that one; it is
     part of a checkpoint, and so is the batch size.
 
-    A pass ends when the batch size changes, because the trainer can change its accumulation only then; for the trainer
-    that is an epoch. Its length is never reached.
+    Batches are drawn when they are asked for, as nobody knows how large the next one will be. A pass ends when the
+    batch size changes, because the trainer can change its accumulation only then; for the trainer that is an epoch. Its
+    length is never reached.
     """
 
     def __init__(self, source: Source, share: Share, *, seed: int, trainer: Trainer):
@@ -230,13 +268,14 @@ class FixedLoader:
     are left out where their number is no multiple of the processes.
     """
 
-    def __init__(self, items: np.ndarray, share: Share, draw: Callable[[np.ndarray], Batch]):
+    def __init__(self, items: np.ndarray, share: Share, draw: Callable[[np.ndarray], Any]):
         self.items = items[: len(items) // share.world * share.world][share.rank :: share.world]
         self.share, self.draw = share, draw
 
     def __len__(self) -> int:
         return ceil(len(self.items) / self.share.micro_batch)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for begin in range(0, len(self.items), self.share.micro_batch):
-            yield self.share.pinned(self.draw(self.items[begin : begin + self.share.micro_batch]))
+    def __iter__(self) -> Iterator[Any]:
+        size = self.share.micro_batch
+        begins = range(0, len(self.items), size)
+        yield from self.share.drawn(partial(self.draw, self.items[begin : begin + size]) for begin in begins)

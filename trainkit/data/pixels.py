@@ -26,17 +26,18 @@ class Split(NamedTuple):
 class Pixels(LightningDataModule):
     """Batches (images, labels): float32 (B, C, H, W), standardized per channel by the training set, and int64 (B,).
 
-    `batch_size` counts images per optimizer step over all processes and accumulated batches. augment="crop_flip" is
-    the usual treatment of small training images: zero-padding by `pad` pixels, a random crop of the old size, a
-    random mirror image. The last two keywords are what facts() told when the run was started; null: not yet known.
-    A source gives its splits (`read`). Raises ValueError where there are fewer images than a batch, or other ones than
-    the run was started with.
+    `batch_size` counts images per optimizer step over all processes and accumulated batches. augment="crop_flip" is the
+    usual treatment of small training images: zero-padding by `pad` pixels, a random crop of the old size, a random
+    mirror image. `workers` are threads that draw batches ahead. The last two keywords are what facts() told when the
+    run was started; null: not yet known. A source gives its splits (`read`). Raises ValueError where there are fewer
+    images than a batch, or other ones than the run was started with.
     """
 
     seed: int = 0
     batch_size: int = 128
     augment: Literal["none", "crop_flip"] = "none"
     pad: int = 4
+    workers: int = 0
     image: list[int] | None = None
     classes: int | None = None
 
@@ -84,7 +85,7 @@ class Pixels(LightningDataModule):
 
     def share(self) -> Share:
         """This process's part of a step. Raises ValueError where batch_size cannot be shared out evenly."""
-        return Share.of(self.trainer, self.batch_size)
+        return Share.of(self.trainer, self.batch_size, self.workers)
 
     def train_dataloader(self) -> TrainLoader | GrowingLoader:
         return train_loader(Shuffled(self), self.share(), seed=self.seed, trainer=self.trainer, growing=self.growing)

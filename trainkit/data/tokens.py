@@ -25,8 +25,8 @@ class Tokens(LightningDataModule):
 
     batch_size: windows per optimizer step, over all processes and accumulated batches, so that a step sees the same
     windows on any number of either. Validation and test read a fixed set of val_batches · batch_size windows, spread
-    evenly over their part of the text. vocab, bytes_per_token, unigram_entropy: what `facts` told when the run was
-    started; None where it is the first start.
+    evenly over their part of the text. `workers` are threads that draw batches ahead. vocab, bytes_per_token,
+    unigram_entropy: what `facts` told when the run was started; None where it is the first start.
 
     A source gives its documents, and says in a fingerprint what they depend on. Raises ValueError where the text is
     too short for the batch size or the context, or is not the one that the run was started with.
@@ -41,6 +41,7 @@ class Tokens(LightningDataModule):
     tokenizer_file: str | None = None
     val_batches: int = 16
     test_batches: int = 32
+    workers: int = 0
     vocab: int | None = None
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
@@ -100,7 +101,7 @@ class Tokens(LightningDataModule):
 
     def share(self) -> Share:
         """This process's part of a step. Raises ValueError where batch_size cannot be shared out evenly."""
-        return Share.of(self.trainer, self.batch_size)
+        return Share.of(self.trainer, self.batch_size, self.workers)
 
     def train_dataloader(self) -> TrainLoader | GrowingLoader:
         windows = Windows(self.corpus.open("train"), self.context)

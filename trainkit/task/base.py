@@ -67,6 +67,11 @@ class Task(LightningModule):
         """The mean loss of a batch, 0-d."""
         raise NotImplementedError
 
+    @property
+    def milestone(self) -> bool:
+        """Whether the optimizer step done last is one that a checkpoint should be made at, whatever their rhythm."""
+        return False
+
     # --- optimization -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -77,6 +82,11 @@ class Task(LightningModule):
         # Fused optimizers would undo the scale of the loss in their kernel, after the treatment of the gradient.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.replay = Replay(self) if hasattr(optimizer, "again") else None
+        if self.replay is not None and hasattr(self.learner, "state_dict"):
+            raise ValueError(
+                f"{type(optimizer).__name__} takes two gradients of every batch, but {type(self.learner).__name__} "
+                "remembers each batch that it sees. Try another optimizer"
+            )
         if self.replay is not None:
             if self.trainer.scaler is not None:
                 raise ValueError(
@@ -233,18 +243,39 @@ class Task(LightningModule):
         if self.due:
             self.flush()
         for name, plugin in self._with_state():
-            checkpoint[name] = {"of": type(plugin).__name__, "state": plugin.state_dict()}
+            state = plugin.state_dict()
+            checkpoint[name] = {
+                "of": type(plugin).__name__,
+                "state": self._by_rank(state) if name == "learner" else state,
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, plugin in self._with_state():
             saved = checkpoint.get(name, {})
-            if saved.get("of") == type(plugin).__name__:  # a run may go on with another one
-                plugin.load_state_dict(saved["state"])
+            if saved.get("of") != type(plugin).__name__:  # a run may go on with another one
+                continue
+            state = saved["state"]
+            if name == "learner":
+                if len(state) != self.trainer.world_size:
+                    raise ValueError(
+                        f"the learner's memory is kept by process, and the run to be resumed had {len(state)} of them, "
+                        f"this one has {self.trainer.world_size}; use as many as before"
+                    )
+                state = state[self.trainer.global_rank]
+            plugin.load_state_dict(state)
 
     def _with_state(self) -> list[tuple[str, Any]]:
         """The plugins that carry something from step to step, which is not in the model."""
-        plugins = {"gradient": self.gradient, "projection": self.projection}
+        plugins = {"gradient": self.gradient, "projection": self.projection, "learner": self.learner}
         return [(name, plugin) for name, plugin in plugins.items() if hasattr(plugin, "state_dict")]
+
+    def _by_rank(self, mine: Any) -> list[Any]:
+        """Every rank's value."""
+        if self.trainer.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
 
 
 def wide(logits: Tensor) -> Tensor:
