@@ -10,7 +10,6 @@ import sys
 from trainkit.launch.explain import UserError
 from trainkit.launch.launched import adopt
 from trainkit.launch.preflight import preflight
-from trainkit.launch.resume import recorded
 
 
 def main(argv: list[str]) -> int:
@@ -20,14 +19,13 @@ def main(argv: list[str]) -> int:
     if plan.passthrough:
         return hydra_itself()
     try:
-        plan = recorded(plan)
         if plan.multirun:
             from trainkit.launch.sweep import sweep
 
             return sweep(plan)
         from trainkit.launch.job import execute
 
-        execute(plan.configs[0], plan.overrides[0])
+        execute(plan.configs[0], plan.overrides[0], plan.typed)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

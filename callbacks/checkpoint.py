@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -19,18 +18,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.preemption import Preemption
 from trainkit.launch.checkpoints import kept
 from trainkit.launch.disk import writing
-from trainkit.task.base import Task
+from trainkit.task.base import Task, by_rank
 
 
 class LastAndBest(Checkpoint):
     """<run>/checkpoints/last.ckpt, the ones before it, and best.ckpt: that of the best `monitor` so far.
 
     A checkpoint is written after every validation, or every `every_n_steps` optimizer steps, at the task's milestones
-    (the ends of a stream's tasks), after the last step and when a signal stops the run. The last `keep` are kept: last.ckpt, previous.ckpt, previous_2.ckpt, … Each file is
-    written beside its place, flushed to the disk and renamed, and the older ones move up only once last.ckpt is the new
-    one; so at any moment last.ckpt is whole, and so is another one. Names by age need neither a pointer to the newest
-    file nor a search for it. A file carries checksums (trainkit/launch/checkpoints.py); a run that goes on from an
-    older file because last.ckpt was damaged does not move that up.
+    (the ends of a stream's tasks), after the last step and when a signal stops the run. The last `keep` are kept:
+    last.ckpt, previous.ckpt, previous_2.ckpt, … Each file is written beside its place, flushed to the disk and renamed,
+    and the older ones move up only once last.ckpt is the new one; so at any moment last.ckpt is whole, and so is
+    another one. Names by age need neither a pointer to the newest file nor a search for it. A file carries checksums
+    (trainkit/launch/checkpoints.py); a run that goes on from an older file because last.ckpt was damaged does not move
+    that up.
 
     Between steps only: where a step is followed by a validation the file is made after it, as Lightning takes up a
     checkpoint from before it as if that validation had been done. Holds plain types (torch.load with weights_only=True)
@@ -75,7 +75,9 @@ class LastAndBest(Checkpoint):
         if self._saved_step == trainer.global_step or trainer.fit_loop._should_accumulate():
             return
         last = trainer.global_step >= pl_module.total_steps and not trainer.enable_validation
-        if (last or _stopping(trainer) or pl_module.milestone or self._in_turn(trainer)) and not _validation_follows(trainer):
+        if (last or _stopping(trainer) or pl_module.milestone or self._in_turn(trainer)) and not _validation_follows(
+            trainer
+        ):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
@@ -149,7 +151,7 @@ class LastAndBest(Checkpoint):
             before.replace(older[0])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"monitor": self.monitor, "best": self.best, "generators": _gather(_generators())}
+        return {"monitor": self.monitor, "best": self.best, "generators": by_rank(_generators())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generators = state_dict["generators"]
@@ -209,15 +211,6 @@ def _set_generators(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _gather(mine: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Every rank's value, by rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from trainkit.launch.console import log
-from trainkit.task.base import SkipStep, Task
+from trainkit.task.base import SkipStep, Task, by_rank
 
 LEAST = 10  # losses that a score needs
 
@@ -56,9 +56,13 @@ class Guard(Callback):
         self.skipped = self.in_a_row = 0
         self.buffers: list[Tensor] = []  # the model's, as they were before the step in progress
         self.before: Tensor | None = None  # the losses of the last `window` steps, in a ring; NaN where there was none
+        self._saved: list[Tensor | None] = []  # a resumed run's rings, by rank: each rank has losses of its own
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
-        if self.before is None:
+        if len(self._saved) == trainer.world_size:
+            self.before = self._saved[trainer.global_rank]
+        self._saved = []
+        if self.before is None or len(self.before) != self.window:  # the window may have been changed
             self.before = torch.full((self.window,), math.nan)
         self.before = self.before.to(pl_module.device)
 
@@ -99,13 +103,11 @@ class Guard(Callback):
         self._look(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "before": self.before}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "before": by_rank(self.before)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
-        before = state_dict["before"]
-        if before is not None and len(before) == self.window:  # the window may have been changed
-            self.before = before
+        self._saved = state_dict["before"]
 
     def _skip(self, trainer: Trainer, task: Task) -> None:
         """Raises SkipStep where the step in progress is bad on any rank."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_runs import ROOT, corpus, losses, words  # noqa: F401  # corpus and words are fixtures
+from tests.test_runs import ROOT, corpus, door, losses, words  # noqa: F401  # corpus and words are fixtures
+from tests.test_sweeps import alive, start, until
 from trainkit.launch.choices import LAUNCHERS
 from trainkit.launch.preflight import UserError, check
 
@@ -94,6 +96,23 @@ def test_a_launcher_gives_the_same_sweep_to_the_last_bit(launcher, ours, words, 
         assert losses(Path(theirs["dir"])) == losses(Path(mine["dir"]))
         assert keys(theirs) == keys(mine)
     assert {path.name for path in plain.iterdir()} == {path.name for path in other.iterdir()} - {".launcher"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("joblib"), reason="pip install 'trainkit[joblib]'")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130)])
+def test_jobs_of_joblib_end_with_their_sweep_and_can_be_gone_on_with(words, tmp_path, number, code):  # noqa: F811
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    long = ["trainer.max_steps=1000000", "trainer.val_check_interval=20", f"paths.run_dir={tmp_path / 'sweep'}"]
+    parent = start("norm=pre,peri", *joblib, *words, *long)
+    until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2)
+    parent.send_signal(number)
+    told = parent.communicate(timeout=60)[0]
+    assert parent.returncode == code, told
+    until(lambda: not alive(f"paths.run_dir={tmp_path / 'sweep'}"), 40)
+    done = door("-m", f"sweep.resume={tmp_path / 'sweep'}")
+    assert done.returncode == 2
+    assert "was started with hydra/launcher=joblib hydra.launcher.n_jobs=2" in done.stderr
 
 
 @pytest.mark.slow

@@ -43,6 +43,14 @@ def door(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+def outside() -> dict[str, str]:
+    """The environment of a process that is started somewhere else."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": str(ROOT)}
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in read(run / "metrics.jsonl") if "train/loss" in line]
 
@@ -135,6 +143,111 @@ def test_words_about_a_replaced_choice_are_not_remembered(words):
         plan = recorded(check([f"resume={run}", f"schedule={schedule}", "trainer.max_steps=8"]))
         assert plan.configs[0].schedule.get("final") == final
         assert plan.configs[0].data.path
+
+
+def test_todays_words_are_compared_with_the_run_and_not_with_the_defaults(words, corpus):
+    run = trainkit.run([*words, "optimizer=sam", "optimizer.rho=0.1"]).dir
+    plan = recorded(check([f"resume={run}", f"data.path={corpus}", "optimizer.rho=0.2", "trainer.max_steps=8"]))
+    assert (plan.configs[0].optimizer.rho, plan.configs[0].trainer.max_steps) == (0.2, 8)
+    assert plan.typed == [f"resume={run}", f"data.path={corpus}", "optimizer.rho=0.2", "trainer.max_steps=8"]
+    plan = recorded(check([f"resume={run}", "optimizer/base=lion", "optimizer.base.lr=0.01"]))
+    assert (plan.configs[0].choices["optimizer/base"], plan.configs[0].optimizer.base.lr) == ("lion", 0.01)
+    assert plan.configs[0].optimizer.rho == 0.1
+    with pytest.raises(UserError, match=r"optimizer\.base\._target_=torch\.optim\.AdamW, and .*Lion was asked for"):
+        trainkit.run([f"resume={run}", "optimizer/base=lion"])
+    for word, says in (
+        ("optimizer.rhoo=1", r"optimizer\.rho'"),
+        ("data.path=[", "cannot read"),
+        ("norm=perl", "'peri'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            recorded(check([f"resume={run}", word]))
+
+
+def result_of(tmp_path: Path, *overrides: str) -> Path:
+    """A run's directory with nothing in it but what was asked for."""
+    run = tmp_path / "run"
+    run.mkdir()
+    chosen = dict(check(list(overrides)).configs[0].choices)
+    (run / "result.json").write_text(json.dumps({"overrides": overrides, "choices": chosen}, default=str))
+    (run / "config.yaml").write_text("mode: train\n")
+    return run
+
+
+def test_recorded_words_go_with_the_choice_that_they_are_about(tmp_path):
+    run = result_of(tmp_path, "optimizer=sam", "optimizer/base=lion", "optimizer.base.lr=0.01", "optimizer.rho=0.2")
+    plain = recorded(check([f"resume={run}", "optimizer=adamw", "optimizer.lr=0.5"])).configs[0]
+    assert (plain.choices.optimizer, plain.optimizer.lr) == ("adamw", 0.5)
+    other = recorded(check([f"resume={run}", "optimizer/base=adamw"])).configs[0]
+    assert (other.choices["optimizer/base"], other.optimizer.rho) == ("adamw", 0.2)
+    assert other.optimizer.base.lr != 0.01
+    same = recorded(check([f"resume={run}", "optimizer=sam"])).configs[0]
+    assert (same.choices["optimizer/base"], same.optimizer.base.lr) == ("lion", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("callbacks.rate.step=2", 2), ("+callbacks.rate.step=3", 3), ("~callbacks.rate.step", None), ("seed=1", 1)],
+)
+def test_an_added_key_is_set_or_deleted_by_its_own_name(tmp_path, word, value):
+    added = ["plugins=[tests]", "+callbacks.rate._target_=tests.launch.witness.Fail", "+callbacks.rate.step=1"]
+    run = result_of(tmp_path, *added)
+    node = recorded(check([f"resume={run}", "plugins=[tests]", word])).configs[0].callbacks.rate
+    assert node.get("step") == value
+
+
+def test_a_job_that_slurm_puts_back_goes_on_with_its_run(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    whole = trainkit.run(words)
+    path = whole.dir / "result.json"
+    result = json.loads(path.read_text())
+    assert result["slurm"] == {"job": "7_1", "words": words}
+    killed = {k: v for k, v in result.items() if k not in ("metrics", "seconds")} | {"status": "running"}
+    path.write_text(json.dumps(killed))
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = trainkit.run(words)
+    assert (again.dir, again.metrics) == (whole.dir, whole.metrics)
+    assert json.loads(path.read_text())["overrides"][: len(words)] == words
+    before = path.read_bytes()
+    assert trainkit.run(words).dir == whole.dir  # finished: the script of the job is at its next line
+    assert path.read_bytes() == before
+
+    def runs() -> int:
+        return len(list((tmp_path / "logs").rglob("result.json")))
+
+    assert trainkit.run([*words, "seed=1"]).dir != whole.dir  # another line of the same script
+    assert runs() == 2
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert trainkit.run(words).dir != whole.dir  # another task of the array
+    assert runs() == 3
+    named = [*words, f"paths.run_dir={tmp_path / 'named'}"]  # as the jobs of a sweep are
+    first = trainkit.run(named)
+    (first.dir / "result.json").write_text((first.dir / "result.json").read_text().replace("finished", "failed"))
+    assert trainkit.run(named).dir == first.dir
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(UserError, match="is not empty"):
+        trainkit.run(named)
+
+
+def test_a_script_that_asks_for_two_processes_is_not_run_twice(words, tmp_path):
+    lines = ["import trainkit", "print('begins')", f"print(trainkit.run({[*words, *DDP]!r}).metrics['val/loss'])"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=outside(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begins") == 1
+    (run,) = (path.parent for path in (tmp_path / "logs").rglob("result.json"))
+    assert float(done.stdout.split()[-1]) == json.loads((run / "result.json").read_text())["metrics"]["val/loss"]
+
+
+def test_a_prompt_cannot_start_processes_and_says_what_can(words, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(
+        UserError, match=r"which an interactive session cannot\ncall python run\.py with the same words"
+    ):
+        trainkit.run([*words, *DDP])
 
 
 def test_resume_refuses_another_model(words):

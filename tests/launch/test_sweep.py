@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -241,6 +242,15 @@ def interrupt(tmp_path: Path, *numbers: int, job: str = "1") -> threading.Thread
     return thread
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, also where the tests were started in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_all_and_says_how_to_go_on(go, tmp_path, told, number, code):
     helper = interrupt(tmp_path, number)
@@ -367,6 +377,64 @@ def test_what_a_folder_from_elsewhere_may_not_say(go, tmp_path):
         go("sweep.resume=last")
 
 
+# --- through a launcher -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joblib():
+    """The words for a launcher that runs jobs one after another, in processes that this one starts."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'trainkit[joblib]'")
+    return ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
+
+
+def test_a_launcher_stops_after_a_failure_and_goes_on_when_it_is_named_again(go, tmp_path, told, joblib):
+    assert go("norm=pre,post,sandwich", "sweep.on_error=stop", *joblib) == 1
+    before = jobs(tmp_path)
+    assert [job["status"] for job in before] == ["finished", "failed", "waiting"]
+    assert before[1]["reason"] == "NonFiniteLoss: the loss is nan"
+    assert "sweep.on_error=stop: the other 1 jobs were not started" in told()
+    assert f"  python run.py -m {' '.join(joblib)} sweep.resume={directory(tmp_path)}\n" in told()
+    with pytest.raises(UserError, match=r"was started with hydra/launcher=joblib .*\n.*hydra/launcher=basic") as caught:
+        go("sweep.resume=last")
+    assert "\n" in str(caught.value)
+    assert go("sweep.resume=last", "sweep.on_error=continue", *joblib) == 1
+    after = jobs(tmp_path)
+    assert [job["status"] for job in after] == ["finished", "failed", "finished"]
+    assert after[0]["seconds"] == before[0]["seconds"]  # not started again
+    assert seen(tmp_path, 2)["argv"][-1] == f"paths.run_dir={directory(tmp_path) / '2'}"
+
+
+def test_a_sweep_changes_to_a_launcher_and_back(go, tmp_path, joblib):
+    assert go("norm=post,sandwich", "sweep.on_error=stop") == 1
+    assert go("sweep.resume=last", *joblib, "sweep.on_error=continue") == 1
+    assert [job["status"] for job in jobs(tmp_path)] == ["failed", "finished"]
+    assert go("sweep.resume=last", "hydra/launcher=basic") == 1
+
+
+def test_a_launcher_that_starts_nothing_is_a_sentence(go, tmp_path, joblib):
+    with pytest.raises(UserError, match=r"hydra/launcher=joblib has started no job: ") as caught:
+        go("seed=1,2", joblib[0], "hydra.launcher.n_jobs=0")
+    assert "\n" not in str(caught.value)
+    assert [job["status"] for job in jobs(tmp_path)] == ["waiting"] * 2
+
+
+# --- SLURM puts a job back into its queue ---------------------------------------------------------------------------
+
+
+def test_a_requeued_sweep_goes_on(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = ["norm=post,pre", "sweep.on_error=stop"]
+    assert go(*words) == 1
+    first = directory(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert go(*words, "seed=1") == 1  # the next line of the job's script
+    assert len(list(tmp_path.rglob("sweep.json"))) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert go(*words) == 1
+    assert len(list(tmp_path.rglob("sweep.json"))) == 2
+    assert (first / "0" / "run.log").read_text().count("began") == 2
+
+
 # --- what it came to ---------------------------------------------------------------------------------------------
 
 
@@ -402,6 +470,20 @@ def test_groups_hold_finished_jobs_that_differ_in_their_seed_alone():
     found = [job("norm=pre seed=0"), job("norm=pre seed=1"), job("norm=peri seed=0"), job("norm=peri seed=1", "failed")]
     assert [(values, len(members)) for values, members in summary.groups(found)] == [(["pre"], 2)]
     assert summary.groups([job("norm=pre"), job("norm=peri")]) == []
+
+
+def test_differences_are_paired_by_seed():
+    def job(norm, seed, loss):
+        return {"overrides": [f"norm={norm}", f"seed={seed}"], "status": "finished", "metrics": {"test/loss": loss}}
+
+    jobs = [job("pre", s, 1.0 + s) for s in range(3)] + [job("peri", s, 0.5 + s + 0.1 * s) for s in range(3)]
+    ((mean, width, pairs),) = summary.differences(jobs, "test/loss")
+    apart = [-0.5, -0.4, -0.3]
+    assert mean == pytest.approx(-0.4)
+    assert width == pytest.approx(4.302653 * statistics.stdev(apart) / 3**0.5, rel=1e-6)
+    assert pairs == 3
+    assert "Difference to pre" in summary._markdown(Path("sweep"), jobs)
+    assert summary.differences([*jobs[:4], job("peri", 7, 1.0)], "test/loss") == [None]
 
 
 def test_students_quantiles():

@@ -127,7 +127,7 @@ def test_joint_rescaling_of_gains_and_offsets(norm):
 
 
 def test_penalty_pulls_gains_and_offsets_to_their_start():
-    model, projection = Net(), NaP(affine="reg_to_init", reg_to_init=0.3)
+    model, projection = Net(), NaP(affine="to_init", reg_to_init=0.3)
     assert projection.penalty(model).item() == 0
     for p in model.norms.parameters():
         p.data += torch.randn_like(p)
@@ -221,7 +221,7 @@ def test_without_it_norms_grow_and_with_it_they_do_not():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"projection.project_every is a number of steps, at least 1; got 0"):
         NaP(project_every=0)
-    with pytest.raises(ValueError, match=r"projection.affine is none, joint or reg_to_init; got 'both'"):
+    with pytest.raises(ValueError, match=r"projection.affine is none, joint or to_init; got 'both'"):
         NaP(affine="both")
     with pytest.raises(ValueError, match=r"projection.reg_to_init must not be negative; got -1"):
         NaP(reg_to_init=-1.0)

@@ -27,7 +27,7 @@ def run(overrides: list[str]) -> Result:
         raise UserError("trainkit.run takes the overrides of one run; a sweep is `python run.py -m …`")
     from trainkit.launch.job import execute
 
-    return execute(plan.configs[0], plan.overrides[0])
+    return execute(plan.configs[0], plan.overrides[0], plan.typed)
 
 
 def load(directory: str | Path, *, checkpoint: str = "last", plugins: Sequence[str] = ()) -> nn.Module:

@@ -13,10 +13,12 @@ from typing import Any
 
 log = logging.getLogger("trainkit")
 
-# Lightning's own calls of deprecated functions, and advice that does not apply to loaders that need no workers.
+# Lightning's own calls of deprecated functions, and advice that does not apply: to loaders that need no workers, on a
+# machine that merely has SLURM installed.
 KNOWN_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"The '\w+_dataloader' does not have many workers",
+    r"The `srun` command is available on your system but is not used",
 )
 
 

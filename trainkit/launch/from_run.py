@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainkit.launch import rundir
 from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError
+from trainkit.launch.words import quoted
 from trainkit.schedule.refined import norm_for, recorded
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def settled(words: list[str], cfg: DictConfig) -> list[str]:
     directory = (cfg.get("schedule") or {}).get("from_run")
     if not isinstance(directory, str) or directory == "???":
         return words
-    quoted = directory.replace("\\", "\\\\").replace("'", "\\'")
-    return [word for word in words if word.partition("=")[0].lstrip("+") != KEY] + [f"{KEY}='{quoted}'"]
+    return [word for word in words if word.partition("=")[0].lstrip("+") != KEY] + [f"{KEY}={quoted(directory)}"]
 
 
 def _find(given: str, cfg: dict[str, Any]) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 
 from trainkit.launch.console import log
+from trainkit.launch.launched import slurm_job
 
 
 class Interrupted(SystemExit):
@@ -28,12 +28,11 @@ def requeue(stopped: Interrupted) -> None:
     """On SLURM, puts the job back into the queue after SIGUSR1, the warning before its time is over (--signal=USR1@60).
 
     After SIGTERM it does not: that is scancel, or a preemption, after which SLURM requeues by itself if it is to.
+    Either way the same command line goes on with the run when the job starts again (trainkit/launch/resume.py).
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm_job()
     if job is None or stopped.number != signal.SIGUSR1:
         return
-    if os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""

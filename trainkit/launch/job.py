@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from trainkit.continual.strategy import Strategy
 from trainkit.launch import rundir, versions
 from trainkit.launch.checkpoints import newest
 from trainkit.launch.children import die_with
@@ -32,7 +33,7 @@ from trainkit.launch.disk import DiskError
 from trainkit.launch.explain import UserError
 from trainkit.launch.footprint import footprint
 from trainkit.launch.interruption import Interrupted, requeue
-from trainkit.launch.launched import check_launch, launched
+from trainkit.launch.launched import check_interactive, check_launch, launched, mark, requeued
 from trainkit.launch.machine import default_threads
 from trainkit.launch.monitors import check_monitors
 from trainkit.launch.preflight import check_config
@@ -41,7 +42,7 @@ from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
 from trainkit.launch.unused import unused_norm_layer
-from trainkit.launch.weights import from_run, give_form, initialize
+from trainkit.launch.weights import from_run, give_form, initialize, unreadable
 from trainkit.optimizer.partition import describe
 from trainkit.report.metrics_file import readable
 from trainkit.task.base import Task
@@ -56,17 +57,23 @@ class Result:
     status: str
 
 
-def execute(cfg: DictConfig, overrides: list[str]) -> Result:
-    """Carries out the configuration's mode. Raises UserError for a mistake that shows only once data are read."""
+def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Result:
+    """Carries out the configuration's mode. Raises UserError for a mistake that shows only once data are read.
+
+    overrides: all the words behind it; typed: today's, by which a requeued SLURM job knows its run again.
+    """
     from trainkit.launch.convert import convert  # made of the parts below
 
     to_terminal()
     if "accelerator" in cfg.trainer and cfg.mode == "train":
         check_launch(cfg.trainer)
+        check_interactive(cfg.trainer)
     if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:  # so rank 0 started this process
         die_with(rundir.read_json(Path(os.environ[rundir.SHARED_DIR], "result.json"))["pid"])
     try:
-        return {"train": train, "eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
+        if cfg.mode == "train":
+            return train(cfg, overrides, mark(typed))
+        return {"eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
     except Interrupted as stopped:
         if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
             sys.exit(0)  # rank 0 tells; Lightning would kill it where a process that it started ends with another code
@@ -75,8 +82,15 @@ def execute(cfg: DictConfig, overrides: list[str]) -> Result:
         raise
 
 
-def train(cfg: DictConfig, overrides: list[str]) -> Result:
-    """Data, model, fit, test; everything that is learnt on the way lies in the run directory."""
+def train(cfg: DictConfig, overrides: list[str], slurm: dict[str, Any] | None = None) -> Result:
+    """Data, model, fit, test; everything that is learnt on the way lies in the run directory.
+
+    slurm: the mark of the job that this is part of.
+    """
+    done = rundir.read_json(Path(cfg.resume, "result.json")) if cfg.resume and requeued() else {}
+    if done.get("status") == "finished" and done.get("slurm") == slurm:  # the script of the job is at another line
+        log.info("%s was finished before the job was requeued", cfg.resume)
+        return Result(Path(cfg.resume), done["metrics"], "finished")
     if launched() is not None and rundir.rank() > 0:  # rank 0 prepares the data meanwhile
         os.environ[rundir.SHARED_DIR] = str(told_directory())
     previous = _previous(cfg)
@@ -91,8 +105,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
             give_form(task, cfg.to)  # the weights come from the checkpoint
         else:
             initialize(task, cfg)
-        run = locate(cfg, overrides, previous)
-        trainer = build_trainer(cfg, task, run.dir)
+        run = locate(cfg, overrides, previous, slurm)
+        trainer = build_trainer(cfg, task, run)
         data.trainer = trainer
         data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
         if not run.primary and run.dir.is_dir():  # a further rank, which is not told what is resumed
@@ -109,7 +123,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> Result:
             for line in damaged:
                 log.warning("%s", line)
             idle = unused_norm_layer(overrides, make(cfg, "norm_layer"), cfg.model.get("width", 64), task.model)
-            if idle:
+            if idle and type(task.strategy) is Strategy:  # others put layers of their own in the place of norms
                 log.warning("warning: %s", idle)
         try:
             began = time.perf_counter()
@@ -236,15 +250,15 @@ def fix_threads(cfg: DictConfig, previous: Path | None) -> None:
     torch.set_num_threads(max(1, cfg.trainer.threads))
 
 
-def build_trainer(cfg: DictConfig, task: Task, directory: Path) -> Trainer:
+def build_trainer(cfg: DictConfig, task: Task, run: Run) -> Trainer:
     callbacks = make(cfg, "callbacks") or {}
     check_monitors(callbacks, task)
-    trainer = make(cfg, "trainer")(callbacks=[*callbacks.values(), Agreement()], run_dir=directory)
-    supervise(trainer)
+    trainer = make(cfg, "trainer")(callbacks=[*callbacks.values(), Agreement()], run_dir=run.dir)
+    supervise(trainer, run.overrides)
     return trainer
 
 
-def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
+def locate(cfg: DictConfig, overrides: list[str], previous: Path | None, slurm: dict[str, Any] | None) -> Run:
     """The run and its directory, not yet on disk: the previous one, the one that was named, or a new one."""
     primary = rundir.rank() == 0
     shared = os.environ.get(rundir.SHARED_DIR)
@@ -264,6 +278,7 @@ def locate(cfg: DictConfig, overrides: list[str], previous: Path | None) -> Run:
     run_id = before.get("id") or drawn or secrets.token_hex(4)
     result = before | {"status": "running", "id": run_id, "overrides": overrides, "choices": dict(cfg.choices)}
     result |= {"started": before.get("started", time.time()), "pid": os.getpid(), "versions": versions.versions()}
+    result["slurm"] = slurm
     return Run(
         directory, run_id, overrides, resumed=previous is not None, primary=primary, result=result, before=before
     )
@@ -273,9 +288,9 @@ def step_of(checkpoint: Path) -> int:
     """The optimizer step that a checkpoint was made at; UserError where the file is damaged."""
     try:
         return torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]
-    except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
         raise UserError(
-            f"{str(checkpoint)!r} cannot be read: {str(error).splitlines()[0]}",
+            f"{str(checkpoint)!r} cannot be read: {unreadable(error)}",
             f"remove it to go on from the one before, or start another run: init_from={checkpoint.parents[1]}",
         ) from error
 

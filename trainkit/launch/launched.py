@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainkit.launch.explain import UserError
@@ -46,6 +47,28 @@ def adopt() -> None:
             os.environ.pop(name, None)
 
 
+def slurm_job() -> str | None:
+    """The name under which SLURM puts this job back into its queue, one task of an array alone; None outside SLURM."""
+    env = os.environ
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID')}"
+    return env.get("SLURM_JOB_ID")
+
+
+def mark(words: Sequence[str]) -> dict[str, Any] | None:
+    """What a run or a sweep records of the SLURM job that it is part of, so that the job finds it when it is requeued.
+
+    words: as they were typed, since the script of one job may start several runs.
+    """
+    job = slurm_job()
+    return None if job is None else {"job": job, "words": list(words)}
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return slurm_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
 def check_launch(trainer: Mapping[str, Any]) -> None:
     """Raises UserError where the launcher has started another number of processes than the run is of."""
     launch = launched()
@@ -62,3 +85,13 @@ def check_launch(trainer: Mapping[str, Any]) -> None:
         f"trainer.devices={devices} trainer.num_nodes={nodes} trainer.strategy={trainer.get('strategy', 'auto')}",
         f"say trainer=ddp {words}, or start it without {launch.by}",
     )
+
+
+def check_interactive(trainer: Mapping[str, Any]) -> None:
+    """Raises UserError for several processes from a notebook or an interpreter's prompt, which Lightning refuses."""
+    interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+    if interactive and trainer.get("strategy", "auto") != "auto" and launched() is None:
+        raise UserError(
+            f"trainer.strategy={trainer['strategy']} starts further processes, which an interactive session cannot",
+            "call python run.py with the same words, here by subprocess or !, or use trainer=cpu or trainer=gpu",
+        )

@@ -7,6 +7,7 @@ sweep without a launcher would have started, so what a job does can depend on no
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from trainkit.launch import rundir
-from trainkit.launch.children import Child
+from trainkit.launch.children import Child, end
 from trainkit.launch.console import log
-from trainkit.launch.explain import explained
+from trainkit.launch.explain import UserError, explained
 from trainkit.launch.launched import adopt, launched
+from trainkit.launch.words import of_a_launcher
 
 if TYPE_CHECKING:
     from trainkit.launch.preflight import Plan
@@ -44,7 +46,8 @@ class Outcome:
 def launch(plan: Plan, directory: Path, waiting: Sequence[int], ended: Callable[[Outcome], None]) -> None:
     """Runs jobs through the launcher that the plan names; `ended` is called for each as it ends.
 
-    Raises UserError where the launcher's settings cannot be read; what it raises itself is let through.
+    Raises UserError where the launcher's settings cannot be read or no job was started; what it raises once there are
+    some is let through.
     """
     from hydra import compose, initialize
     from hydra._internal.callbacks import Callbacks
@@ -56,7 +59,7 @@ def launch(plan: Plan, directory: Path, waiting: Sequence[int], ended: Callable[
     own.mkdir(exist_ok=True)
     for path in own.glob("*.json"):
         path.unlink()
-    words = [word for word in plan.words if word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))]
+    words = [word for word in plan.typed if of_a_launcher(word)]
     words += [f"hydra.sweep.dir='{own}'", "hydra.output_subdir=null", "hydra.mode=MULTIRUN"]
     with explained(" ".join(words)), initialize(config_path=None, version_base="1.3"):
         cfg = compose(overrides=words, return_hydra_config=True)
@@ -69,6 +72,11 @@ def launch(plan: Plan, directory: Path, waiting: Sequence[int], ended: Callable[
     watch.start()
     try:
         launcher.launch(jobs, initial_job_idx=0)
+    except Exception as error:
+        if any((directory / str(number) / rundir.CONSOLE).is_file() for number in waiting):
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"hydra/launcher={plan.launcher} has started no job: {said}") from error
     finally:
         over.set()
         watch.join()
@@ -86,15 +94,20 @@ def _watch(own: Path, jobs: int, ended: Callable[[Outcome], None], over: threadi
             return
 
 
+def outcomes(directory: Path) -> list[Outcome]:
+    """How the jobs have ended that the launcher has run so far."""
+    return [Outcome(**rundir.read_json(path)) for path in sorted((directory / OWN).glob("*.json"))]
+
+
 def task(cfg: DictConfig) -> None:
     """One job, in whatever process the launcher runs it: starts the child and waits for it."""
-    from trainkit.launch.sweep import RUN, clean_environment
+    from trainkit.launch.sweep import GRACE, RUN, clean_environment
 
     directory, number = Path(cfg.directory), int(cfg.number)
     record = rundir.read_json(directory / "sweep.json")
     job = record["jobs"][number]
-    failed = any(other["status"] == "failed" and "exit_code" in other for other in record["jobs"])
-    if record.get("on_error") == "stop" and failed:
+    # Told from how jobs have ended, not from sweep.json, which the sweep writes a moment later.
+    if record["on_error"] == "stop" and any(outcome.code for outcome in outcomes(directory)):
         return
     adopt()
     # Where SLURM has started one task for each rank, each of them comes here, and the ranks are SLURM's.
@@ -103,7 +116,13 @@ def task(cfg: DictConfig) -> None:
     target = directory / str(number)
     console = target / rundir.CONSOLE if not together or rank == 0 else directory / OWN / f"{number}_{rank}.log"
     child = Child([sys.executable, str(RUN), *job["words"]], environment, console, quiet=True)
-    code = child.process.wait()
+    # A queue's jobs outlive whoever has submitted them; the processes of joblib are this machine's and end with it.
+    ours = record["launcher"] == "joblib" and os.getppid() == record["pid"]
+    while (code := child.poll()) is None:
+        if ours and os.getppid() != record["pid"]:  # by then it has another parent
+            end([child], signal.SIGTERM, GRACE)
+            return
+        time.sleep(POLL)
     if not together or rank == 0:
         outcome = Outcome(number, code, child.pid, child.said(), time.time() - child.started)
         rundir.write_json(directory / OWN / f"{number}.json", asdict(outcome))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.launch import rundir, words
 from trainkit.launch.choices import (
+    OVERLAYS,
     check_choice,
     check_companions,
     check_inner,
@@ -48,7 +49,8 @@ class Plan:
     """What a command line asks for: the words and the configuration of each job, all of them checked.
 
     passthrough: the answer is Hydra's own (--info, --hydra-help, --cfg hydra, ...). launcher: the option of
-    hydra/launcher; with "basic" a sweep is ours to run. words: what was typed, before it was expanded to jobs.
+    hydra/launcher; with "basic" a sweep is ours to run. words: what the jobs were expanded from, by the command line
+    that the sweep was first started with; typed: today's.
     """
 
     overrides: list[list[str]] = field(default_factory=list)
@@ -57,17 +59,23 @@ class Plan:
     passthrough: bool = False
     launcher: str = "basic"
     words: list[str] = field(default_factory=list)
+    typed: list[str] = field(default_factory=list)
 
 
 def preflight(argv: Sequence[str]) -> Plan:
-    """The door of run.py: answers --help and --cfg job itself; a mistake is printed and ends with exit code 2."""
+    """The door of run.py: answers --help and --cfg job itself; a mistake is printed and ends with exit code 2.
+
+    The plan of a run or a sweep that is to be continued has the words of that in it.
+    """
+    from trainkit.launch.resume import recorded  # which checks the words that it finds
+
     try:
         line = words.read(list(argv))
         if "help" in line.flags:
             from trainkit.launch.menu import menu
 
             _answer(menu(bold=sys.stdout.isatty()))
-        plan = check(argv)
+        plan = recorded(check(argv))
         if line.flags.get("cfg") == "job":
             _answer(_job_text(plan, line))
         return plan
@@ -87,8 +95,12 @@ def _answer(text: str) -> None:
     sys.exit(0)
 
 
-def check(argv: Sequence[str]) -> Plan:
-    """The plan behind a command line. Raises UserError for the first mistake found."""
+def check(argv: Sequence[str], *, merged: bool = False) -> Plan:
+    """The plan behind a command line. Raises UserError for the first mistake found.
+
+    A run that is to be continued has a configuration of its own, which resume.recorded merges the words with, and
+    which they are compared with then (`merged`); until then the plan is as good as the place of that run.
+    """
     line = words.read(list(argv))
     if {"hydra_help", "version", "shell_completion"} & set(line.flags):
         return Plan([line.overrides], passthrough=True)
@@ -103,6 +115,10 @@ def check(argv: Sequence[str]) -> Plan:
             _each_option(word, lambda one: check_choice(one, folders, standing))
         if word.key_or_group == "hydra.mode":
             raise UserError(f"{word.input_line}: say -m on the command line for a sweep, and nothing for one job")
+    if not (merged or line.multirun or line.for_hydra) and any(word.key_or_group == "resume" for word in parsed):
+        place = _check_job([w.input_line or "" for w in parsed if _tells_the_place(w)], folders, choose)
+        if place.mode == "train" and place.resume:
+            return Plan([line.overrides], [place], words=line.overrides, typed=line.overrides)
     jobs = words.jobs(parsed) if line.multirun else [line.overrides]
     compose = _remembering(choose) if line.multirun else choose
     configs = [_check_job(job, folders, compose) for job in jobs]
@@ -111,7 +127,7 @@ def check(argv: Sequence[str]) -> Plan:
         check_jobs(configs[0], launcher)
     return Plan(
         overrides=[
-            settled([word for word in job if not word.startswith(OF_THE_SWEEP)], cfg)
+            settled([word for word in job if not word.lstrip("+~").startswith(OF_THE_SWEEP)], cfg)
             for job, cfg in zip(jobs, configs, strict=True)
         ],
         configs=configs,
@@ -119,6 +135,7 @@ def check(argv: Sequence[str]) -> Plan:
         passthrough=line.for_hydra,
         launcher=launcher,
         words=line.overrides,
+        typed=line.overrides,
     )
 
 
@@ -134,13 +151,22 @@ def check_config(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> None:
     plugins: the packages that today's user names; what the configuration itself says about plugins counts for
     nothing. Raises UserError.
     """
+    job = check_calls(cfg, plugins=plugins)
+    check_missing(job)
+    check_parameters(job)
+
+
+def check_calls(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> Composition:
+    """The part of check_config that asks what the configuration would call, for a run whose weights alone are used.
+
+    Nothing of it is built then; but whoever put such a name there did not mean well, and the weights are theirs too.
+    """
     register_resolvers()
     check_plugins(list(plugins))
     job = Composition(cfg, earlier=True)
     check_literal(job)
-    check_missing(job)
     check_targets(job, plugins)
-    check_parameters(job)
+    return job
 
 
 def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[str]], DictConfig]) -> DictConfig:
@@ -201,6 +227,12 @@ CHECKS = (
     check_share,
     check_from_run,
 )
+
+
+def _tells_the_place(word: Override) -> bool:
+    """Whether a word may say which run `resume` means, and where to look for it."""
+    top = word.key_or_group.split(".")[0]
+    return top in ("resume", "mode", "name", "paths", *OVERLAYS) or word.key_or_group == "hydra.searchpath"
 
 
 def _is_choice(word: Override, folders: Folders) -> bool:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -26,6 +26,7 @@ from trainkit.launch import rundir
 from trainkit.launch.console import log
 from trainkit.launch.explain import shorten
 from trainkit.launch.launched import launched
+from trainkit.launch.sources import RUN
 
 POLL = 0.2  # seconds between two looks at the others
 NOTICE = 5.0  # seconds that a process waits for the others to say what went wrong, and to notice it themselves
@@ -133,7 +134,14 @@ def disagreement(everyone: list[tuple[int, int, dict[str, Any] | None]], wanted:
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Lightning's, without the observer that kills this process before it can say why, and without its threads."""
+    """Lightning's, without the observer that kills this process before it can say why, and without its threads.
+
+    The further ranks are started as `python run.py <words>`, where Lightning repeats this process's own command line:
+    that of a script or a notebook which has called trainkit.run says nothing about the run, and would do all that
+    stands before the call once more. They find modules where this process does.
+    """
+
+    words: Sequence[str] = ()
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -141,12 +149,24 @@ class Launcher(_SubprocessScriptLauncher):
             self._call_children_scripts()
         return function(*args, **kwargs)
 
+    def _call_children_scripts(self) -> None:
+        self._check_can_spawn_children()
+        environment, processes = self.cluster_environment, self.num_processes
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(environment.node_rank()), "0"
+        os.environ["WORLD_SIZE"] = str(processes * self.num_nodes)
+        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        for rank in range(1, processes):
+            theirs = os.environ | {"LOCAL_RANK": str(rank), "PYTHONPATH": path}
+            self.procs.append(subprocess.Popen([sys.executable, str(RUN), *self.words], env=theirs))
 
-def supervise(trainer: Trainer) -> None:
-    """Puts `Launcher` in the place of Lightning's own."""
+
+def supervise(trainer: Trainer, words: Sequence[str]) -> None:
+    """Puts `Launcher` in the place of Lightning's own; words: of the run, for the ranks that it starts."""
     theirs = trainer.strategy.launcher
     if type(theirs) is _SubprocessScriptLauncher:
         ours = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
+        ours.words = words
         trainer.strategy._launcher = ours
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from trainkit.launch import rundir
 from trainkit.launch.compose import choose, is_value, search
 from trainkit.launch.explain import UserError
+from trainkit.launch.launched import mark, requeued
 from trainkit.launch.preflight import OF_THE_SWEEP, Plan, check, check_each
-from trainkit.launch.words import parse
+from trainkit.launch.words import of_a_launcher, parse, quoted
 
 # `plugins` and folders that may set it count only when they are typed: a run directory from elsewhere must not widen
 # what may be executed.
@@ -22,25 +23,69 @@ PLACES = ("paths.log_dir", "paths.cache_dir", "paths.run_dir")  # where a sweep 
 
 
 def recorded(plan: Plan) -> Plan:
-    """A plan that continues a run or a sweep, with the words of that beside those of the command line, which win."""
+    """A plan that continues a run or a sweep, with the words of that beside those of the command line, which win.
+
+    That is the one which `resume` or `sweep.resume` names; or, in a job that SLURM has put back into its queue and
+    started again, the one which this command line began in that job.
+    """
     if plan.passthrough:
         return plan
     cfg = plan.configs[0]
     if plan.multirun:
+        found = _begun(plan, "sweep.json") if cfg.sweep.resume in (None, "last") else None
+        if found is not None:
+            plan, cfg.sweep.resume = replace(plan, words=_named(plan.words, "sweep.resume", found)), str(found)
         return _sweep(plan) if cfg.sweep.resume is not None else plan
-    if cfg.mode != "train" or not cfg.resume:
+    if cfg.mode != "train":
         return plan
-    shared = os.environ.get(rundir.SHARED_DIR)
+    shared, words = os.environ.get(rundir.SHARED_DIR), plan.overrides[0]
     if rundir.rank() > 0 and shared:
+        if not cfg.resume:
+            return plan  # rank 0, which started this process, has put everything into its words
         directory = Path(shared)  # rank 0 has found it, and holds it
     else:
-        directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
+        found = _begun(plan, "result.json") if cfg.resume in (None, "last") else None
+        if found is not None:
+            words = _named(words, "resume", found)
+        elif not cfg.resume:
+            return plan
+        directory = found or rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
         if rundir.rank() == 0:  # under torchrun, which has started the other ranks by itself, it may hold it already
             rundir.check_free(directory)
-    result, words = rundir.read_json(directory / "result.json"), plan.overrides[0]
-    typed = {key(word) for word in words}
-    before = [w for w in result.get("overrides", []) if key(w) not in typed and key(w) not in TYPED_ONLY]
-    return check(_without_replaced(before, words, result.get("choices", {})) + words)
+    result = rundir.read_json(directory / "result.json")
+    before = [w for w in result.get("overrides", []) if key(w) not in TYPED_ONLY and not _replaces(words, w)]
+    merged = check(_without_replaced(before, words, result.get("choices", {})) + words, merged=True)
+    return replace(merged, typed=plan.typed)
+
+
+def _begun(plan: Plan, record: str) -> Path | None:
+    """What this SLURM job has begun by the same command line before it was requeued; None where there is nothing."""
+    cfg, mine = plan.configs[0], mark(plan.typed)
+    if not requeued():
+        return None
+    if cfg.paths.run_dir:
+        places = [Path(cfg.paths.run_dir).expanduser() / record]
+    else:
+        root = rundir.home(cfg.paths.log_dir, cfg.name) if cfg.name else Path(cfg.paths.log_dir)
+        places = list(root.rglob(record))
+    found = [(rundir.read_json(path), path.parent) for path in places]
+    found = [(r, d) for r, d in found if r.get("slurm") == mine and (rundir.is_run(d) or rundir.is_sweep(d))]
+    # A script may have the same line twice: what is half done comes first.
+    newest = max(found, key=lambda f: (f[0].get("status") != "finished", f[0].get("started", 0)), default=None)
+    return newest and newest[1]
+
+
+def _named(words: Sequence[str], name: str, directory: Path) -> list[str]:
+    """`words` with the directory as the value of `name`."""
+    return [*(word for word in words if key(word) != name), f"{name}={quoted(str(directory))}"]
+
+
+def _replaces(words: Sequence[str], old: str) -> bool:
+    """Whether one of `words` says all about the key of a recorded one.
+
+    A key that the recorded word adds is still to be added where today's sets or deletes it.
+    """
+    return any(key(word) == key(old) and (old[0] != "+" or word[0] == "+") for word in words)
 
 
 def _without_replaced(before: list[str], words: list[str], choices: Mapping[str, Any]) -> list[str]:
@@ -48,10 +93,19 @@ def _without_replaced(before: list[str], words: list[str], choices: Mapping[str,
     if not any(key(word) in choices for word in words):
         return before
     folders = search([*before, *words])
+    said = {word.key_or_group: str(word.value()) for word in parse(words, folders) if not is_value(word, folders)}
+    other = {group for group, option in choices.items() if said.get(group, str(option)) != str(option)}
+    before = [word for word in before if not _is_within(word, other)]  # optimizer/base=x goes with its optimizer=sam
     chosen = [word for word in parse([*before, *words], folders) if not is_value(word, folders)]
     now = choose([word.input_line or "" for word in chosen]).choices
     replaced = {group for group, option in choices.items() if now.get(group) != option}
-    return [word for word in before if key(word).split(".")[0] not in replaced]
+    return [word for word in before if not _is_within(word, replaced)]
+
+
+def _is_within(word: str, groups: Collection[str]) -> bool:
+    """Whether a word is about one of the groups: optimizer, optimizer.lr and optimizer/base about optimizer."""
+    spot = key(word).replace("/", ".")
+    return any(f"{spot}.".startswith(f"{group.replace('/', '.')}.") for group in groups)
 
 
 def _sweep(plan: Plan) -> Plan:
@@ -60,6 +114,13 @@ def _sweep(plan: Plan) -> Plan:
     directory = rundir.find_sweep(cfg.sweep.resume, cfg.paths.log_dir, cfg.name)
     record = rundir.read_json(directory / "sweep.json")
     jobs, first = [job["overrides"] for job in record.get("jobs", [])], record.get("words", [])
+    launcher = [word for word in first if of_a_launcher(word) and word != "hydra/launcher=basic"]
+    if launcher and "hydra/launcher" not in map(key, plan.typed):
+        # Not taken over: a launcher runs what its settings say, and the directory may be somebody else's.
+        raise UserError(
+            f"sweep.resume={cfg.sweep.resume}: {directory} was started with {' '.join(launcher)}",
+            "say it again to go on with it, or hydra/launcher=basic to go on with its jobs without",
+        )
     if not jobs:
         raise UserError(f"{str(directory / 'sweep.json')!r} lists no jobs, so there is nothing to go on with")
     for word in plan.words:
@@ -71,13 +132,13 @@ def _sweep(plan: Plan) -> Plan:
             )
     today = [word for word in plan.words if _may_change(word)]
     settings = _merged([word for word in first if key(word).startswith("sweep.")], _only(today, "sweep."))
-    today = [word for word in today if not word.startswith(OF_THE_SWEEP)]
+    today = [word for word in today if not word.lstrip("+~").startswith(OF_THE_SWEEP)]
     jobs = [_merged([word for word in job if key(word) not in TRUSTED], today) for job in jobs]
     return replace(plan, overrides=jobs, configs=check_each([[*job, *settings] for job in jobs]), words=first)
 
 
 def _may_change(word: str) -> bool:
-    return key(word) in (*PLACES, *TRUSTED) or word.startswith(OF_THE_SWEEP)
+    return key(word) in (*PLACES, *TRUSTED) or word.lstrip("+~").startswith(OF_THE_SWEEP)
 
 
 def _of(name: str, jobs: Sequence[Sequence[str]]) -> list[list[str]]:

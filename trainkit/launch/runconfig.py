@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainkit.launch.disk import writing
 from trainkit.launch.explain import UserError
+from trainkit.launch.preflight import check_calls
 from trainkit.launch.rundir import write_text
 
 FACTS = ("vocab", "classes", "image", "bytes_per_token", "unigram_entropy")  # what only reading the data tells
@@ -65,8 +66,12 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def load_config(path: Path) -> DictConfig:
     """The configuration that save_config wrote; nodes that were one node then are interpolations of it again."""
-    with path.open() as file:
-        plain = yaml.safe_load(file)
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{str(path)!r} holds no configuration, which is a mapping")
     top = {id(value): key for key, value in plain.items() if isinstance(value, dict)}
 
     def tie(value: Any) -> Any:
@@ -93,6 +98,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def continues(cfg: DictConfig, directory: Path) -> None:
     """Takes over what the run learnt from its data, and refuses to continue it as another model or task."""
     before = load_config(directory / "config.yaml")
+    check_calls(before, plugins=list(cfg.plugins))
     if before.get("mode", "train") != "train":
         raise UserError(
             f"resume continues training; {str(directory)!r} holds a converted model without a training state",

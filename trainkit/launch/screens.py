@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from trainkit.launch.composition import select
 from trainkit.launch.runconfig import plain
+from trainkit.launch.summary import STAGES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +54,7 @@ def summary(cfg: DictConfig, run: Run, metrics: dict[str, float]) -> Table:
 
     table = Table(title="finished", show_header=False, title_justify="left", min_width=60)
     for name in sorted(metrics):
-        if name.split("/")[0] in ("train", "val", "test"):
+        if name.startswith(STAGES):
             table.add_row(name, f"{metrics[name]:.4f}")
     baseline = cfg.data.get("unigram_entropy")
     if baseline is not None and "val/loss" in metrics:

@@ -13,6 +13,7 @@ from typing import Any
 from trainkit.launch.explain import display
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+RUN = CONF.parent / "run.py"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from trainkit.launch import rundir
 
-STAGES = ("train/", "val/", "test/")
-SHORT = ("loss", "accuracy")  # what of each stage is shown on the terminal
+STAGES = ("train/", "val/", "test/", "continual/", "task_il/")
+# What of each stage is shown on the terminal.
+SHORT = ("loss", "accuracy", "final_average_accuracy", "forgetting_chaudhry")
 SEED = "seed"
 
 Job = dict[str, Any]  # an entry of sweep.json
@@ -52,6 +53,22 @@ def groups(jobs: Sequence[Job]) -> list[tuple[list[str], list[Job]]]:
         if job["status"] == "finished":
             found.setdefault(tuple(_values(job, [key for key in keys if key != SEED])), []).append(job)
     return [(list(values), members) for values, members in found.items() if len(members) > 1]
+
+
+def differences(jobs: Sequence[Job], name: str) -> list[tuple[float, float, int] | None]:
+    """For every group but the first: (mean, half width of its interval, pairs) of its metric minus the first group's.
+
+    Paired by seed, as the runs of a seed share their data and draws; None where fewer than two seeds are common.
+    """
+    paired = [
+        {_values(job, [SEED])[0]: job["metrics"][name] for job in members if name in job.get("metrics", {})}
+        for _, members in groups(jobs)
+    ]
+    found: list[tuple[float, float, int] | None] = []
+    for group in paired[1:]:
+        apart = [value - paired[0][seed] for seed, value in group.items() if seed in paired[0]]
+        found.append((*mean_and_interval(apart), len(apart)) if len(apart) > 1 else None)
+    return found
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -141,6 +158,17 @@ def _markdown(directory: Path, jobs: Sequence[Job]) -> str:
         text += ["", "## Over seeds", "", "Mean ± half width of the 95 % confidence interval (Student's t).", ""]
         head = [*others, "seeds", *metrics, "parameters", "mean time", "optimizer state"]
         text += _table(head, rows, left=len(others))
+    if len(grouped) > 1:
+        others = [key for key in keys if key != SEED]
+        columns = [differences(jobs, name) for name in metrics]
+        rows = [
+            [*values, *("" if cell is None else f"{cell[0]:+.4f} ± {cell[1]:.2g} ({cell[2]})" for cell in cells)]
+            for (values, _), *cells in zip(grouped[1:], *columns, strict=True)
+        ]
+        first = " ".join(grouped[0][0])
+        text += ["", f"## Difference to {first}", ""]
+        text += ["Paired by seed: mean ± half width of the 95 % confidence interval, and the number of pairs.", ""]
+        text += _table([*others, *metrics], rows, left=len(others))
     return "\n".join(text) + "\n"
 
 

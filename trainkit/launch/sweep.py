@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -20,16 +21,21 @@ from trainkit.launch import rundir
 from trainkit.launch.children import LEFT_OVER, Child, end
 from trainkit.launch.console import log, show, to_terminal
 from trainkit.launch.explain import UserError, shorten
-from trainkit.launch.launched import launched
+from trainkit.launch.launched import launched, mark
 from trainkit.launch.machine import default_threads, gpus
 from trainkit.launch.preflight import Plan
+from trainkit.launch.sources import RUN
 from trainkit.launch.summary import clock, label, table, varied, write
+from trainkit.launch.words import of_a_launcher
 
-RUN = Path(__file__).resolve().parents[2] / "run.py"
+if TYPE_CHECKING:
+    from trainkit.launch.launchers import Outcome
+
 # What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
 FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 FOREIGN += ("MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_RESUME", rundir.SHARED_DIR)
 
+SAID = ("val/loss", "test/loss", "continual/final_average_accuracy")  # of a finished job, in its line
 POLL = 0.05  # seconds between two looks at the children
 GRACE = 30.0  # seconds that interrupted jobs may take to end by themselves
 
@@ -135,6 +141,9 @@ class Sweep:
             "words": old.get("words", self.plan.words),
             "jobs_at_once": shared,
             "on_error": settings.on_error,
+            "slurm": mark(self.plan.typed),
+            "launcher": self.plan.launcher,
+            "pid": os.getpid(),
             "jobs": self.jobs,
         }
 
@@ -171,7 +180,8 @@ class Sweep:
         if finished < len(self.jobs):
             done = "interrupted" if received else "ended"
             log.info("%s with %d of %d jobs finished; go on with", done, finished, len(self.jobs))
-            log.info("  python run.py -m sweep.resume=%s", self.directory)
+            launcher = [word for word in self.plan.typed if of_a_launcher(word)]
+            log.info("  %s", shlex.join(["python", "run.py", "-m", *launcher, f"sweep.resume={self.directory}"]))
         return 128 + received[0] if received else int(finished < len(self.jobs))
 
     def _all(self, interrupted: Callable[[], bool]) -> None:
@@ -193,7 +203,7 @@ class Sweep:
 
     def _through_the_launcher(self) -> None:
         """Hands the waiting jobs to a Hydra launcher and notes each as it ends, wherever that was."""
-        from trainkit.launch.launchers import Outcome, launch
+        from trainkit.launch.launchers import launch
 
         waiting = [number for number, job in enumerate(self.jobs) if job["status"] != "finished"]
         for number in waiting:
@@ -211,6 +221,9 @@ class Sweep:
             self._conclude(outcome.number, outcome.code, outcome.pid, outcome.said, outcome.seconds)
 
         launch(self.plan, self.directory, waiting, ended)
+        rest = sum(job["status"] == "waiting" for job in self.jobs)
+        if self.stops and rest:
+            log.info("sweep.on_error=stop: the other %d jobs were not started", rest)
 
     def _room(self, number: int) -> bool:
         return len(self.running) < self.at_once and self.needs[number] <= len(self.free)
@@ -281,7 +294,7 @@ class Sweep:
         took = clock(entry["seconds"])
         if status == "finished":
             metrics = entry["metrics"]
-            told = [f"{name} {metrics[name]:.4f}" for name in ("val/loss", "test/loss") if name in metrics]
+            told = [f"{name} {metrics[name]:.4f}" for name in SAID if name in metrics]
         else:
             told = [entry["reason"], str(self._log(number))] if status == "failed" else []
         over = sum(job["status"] not in ("waiting", "running") for job in self.jobs)

@@ -15,6 +15,6 @@ def unused_norm_layer(
     if asked is None:
         return None
     kind = type(factory(width))
-    if kind is nn.Identity or any(type(module) is kind for module in model.modules()):
+    if kind is nn.Identity or any(isinstance(module, kind) for module in model.modules()):
         return None
     return f"{asked} is used by no module: this model and placement have no norm of that kind"

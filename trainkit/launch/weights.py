@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from omegaconf import DictConfig
 
 from trainkit.launch import pretrained, rundir
 from trainkit.launch.explain import UserError
+from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
 from trainkit.surgery import FORMS
 from trainkit.task.base import Task
@@ -29,6 +31,7 @@ def initialize(task: Task, cfg: DictConfig) -> None:
         pretrained.load(task.model, folder, cfg)
     elif cfg.init_from:
         directory = rundir.find(cfg.init_from, cfg.paths.log_dir, key="init_from")
+        check_calls(load_config(directory / "config.yaml"), plugins=list(cfg.plugins))
         from_run(task, directory, checkpoint=cfg.checkpoint, form=cfg.to)
         return
     give_form(task, cfg.to)
@@ -50,12 +53,22 @@ def from_run(task: Task, directory: Path, *, checkpoint: str, form: str | None) 
         give_form(task, form)
 
 
+def unreadable(error: Exception) -> str:
+    """Why a checkpoint was not loaded, in one sentence: torch's own advice is to trust the file."""
+    if isinstance(error, UnpicklingError):
+        return "it holds more than tensors and plain values, which could be a program, and nothing of it was run"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def load_weights(task: Task, directory: Path, which: str) -> None:
     """Puts a run's weights into a task; UserError where there are none or they are another model's."""
     path = directory / "checkpoints" / f"{which}.ckpt"
     if not path.is_file():
         raise UserError(f"{str(directory)!r} has no {which}.ckpt: the run ended before its first checkpoint")
-    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {unreadable(error)}") from error
     try:
         task.load_state_dict(state)
     except RuntimeError as error:

@@ -150,6 +150,17 @@ def _bare(word: str, folders: Folders) -> list[str]:
     return [f"{word!r} is no key=value: settings look like optimizer.lr=1e-3", "python run.py --help lists them"]
 
 
+def of_a_launcher(word: str) -> bool:
+    """Whether a word chooses a launcher or is about one."""
+    return word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))
+
+
+def quoted(text: str) -> str:
+    """A text as the value of a word, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def _options_line(group: str, folders: Folders) -> str:
     return listed(f"options of {group}", folders.options(group))
 

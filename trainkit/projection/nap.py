@@ -30,7 +30,7 @@ class NaP(Projection):
     `project_output`. project_every=k: after the steps k, 2k, ….
     affine: gains s and offsets o of the norms. none: nothing is done. joint: (s, o) <- (s, o) sqrt(d / (‖s‖² + ‖o‖²)),
     d channels, which keeps the function class where the activation is positively homogeneous, such as ReLU.
-    reg_to_init: the loss gets `reg_to_init` · sum((s - 1)² + o²), for every other activation; its strength in the
+    to_init: the loss gets `reg_to_init` · sum((s - 1)² + o²), for every other activation; its strength in the
     paper is not known to us. Norms without such parameters (norm_layer=srms) are the paper's third way.
     There is no official code. Raises ValueError where there is nothing to project.
     """
@@ -40,14 +40,14 @@ class NaP(Projection):
         *,
         project_every: int = 1,
         project_output: bool = False,
-        affine: str = "reg_to_init",
+        affine: str = "to_init",
         reg_to_init: float = 0.01,
     ):
         super().__init__()
         if project_every < 1:
             raise ValueError(f"projection.project_every is a number of steps, at least 1; got {project_every}")
-        if affine not in ("none", "joint", "reg_to_init"):
-            raise ValueError(f"projection.affine is none, joint or reg_to_init; got {affine!r}")
+        if affine not in ("none", "joint", "to_init"):
+            raise ValueError(f"projection.affine is none, joint or to_init; got {affine!r}")
         if not reg_to_init >= 0:
             raise ValueError(f"projection.reg_to_init must not be negative; got {reg_to_init}")
         self.project_every, self.project_output = project_every, project_output
@@ -75,7 +75,7 @@ class NaP(Projection):
             rescale(pairs, [pair[0].new_full((), sqrt(pair[0].numel()), dtype=torch.float64) for pair in pairs])
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        if self.affine != "reg_to_init" or not self.reg_to_init:
+        if self.affine != "to_init" or not self.reg_to_init:
             return 0.0
         away = [t.flatten() for gain, offset in gains(model) for t in (gain - 1, offset) if t is not None]
         return self.reg_to_init * torch.cat(away).square().sum() if away else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainkit.report import layers
+from trainkit.report import accuracy_matrix, layers, plasticity
 from trainkit.report.canvas import Canvas, whole_ticks, write_csv
 from trainkit.report.metrics_file import Row, read, series
 
@@ -14,13 +14,19 @@ BLUE, ORANGE = "#4c78a8", "#d9541e"
 def draw(metrics: str | Path, folder: str | Path, title: str = "") -> list[Path]:
     """Draws into `folder` what the metrics file has the numbers for, with a .csv beside each; returns the pictures.
 
-    loss.png; where gradient norms were logged also grad_norm_heatmap.png and grad_norm_profile.png.
+    loss.png; where gradient norms were logged also grad_norm_heatmap.png and grad_norm_profile.png; where weight norms
+    were, weights.png; where accuracy_matrix.csv stands beside the metrics file, accuracy_matrix.png.
     """
-    rows, folder = read(metrics), Path(folder)
+    rows, folder, matrix = read(metrics), Path(folder), Path(metrics).with_name("accuracy_matrix.csv")
     pictures = [loss(rows, folder, title)] if any("train/loss" in row or "val/loss" in row for row in rows) else []
     by_layer = layers.collect(rows)
     if by_layer is not None:
         pictures += [layers.heatmap(by_layer, rows, folder, title), layers.profile(by_layer, rows, folder, title)]
+    by_panel = plasticity.collect(rows)
+    if by_panel is not None:
+        pictures.append(plasticity.weights(by_panel, rows, folder, title))
+    if matrix.is_file():
+        pictures.append(accuracy_matrix.heatmap(matrix, folder, title))
     return pictures
 
 

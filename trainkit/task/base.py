@@ -246,7 +246,7 @@ class Task(LightningModule):
             state = plugin.state_dict()
             checkpoint[name] = {
                 "of": type(plugin).__name__,
-                "state": self._by_rank(state) if name == "learner" else state,
+                "state": by_rank(state) if name == "learner" else state,
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -269,13 +269,14 @@ class Task(LightningModule):
         plugins = {"gradient": self.gradient, "projection": self.projection, "learner": self.learner}
         return [(name, plugin) for name, plugin in plugins.items() if hasattr(plugin, "state_dict")]
 
-    def _by_rank(self, mine: Any) -> list[Any]:
-        """Every rank's value."""
-        if self.trainer.world_size == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        return everyone
+
+def by_rank(mine: Any) -> list[Any]:
+    """Every rank's value, by rank, on all of them; for what a checkpoint must hold of each."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def wide(logits: Tensor) -> Tensor:

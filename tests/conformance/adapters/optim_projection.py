@@ -88,8 +88,9 @@ def nap(file: File) -> Pairs:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(file[f"param/{name}"])
-    keys = ("project_every", "project_output", "affine", "reg_to_init")
-    projection = build("projection", "nap", {key: hyper[key] for key in keys})
+    settings = {key: hyper[key] for key in ("project_every", "project_output", "affine", "reg_to_init")}
+    settings["affine"] = {"reg_to_init": "to_init"}.get(hyper["affine"], hyper["affine"])
+    projection = build("projection", "nap", settings)
     stepper = optimize(hyper)(model)
     projection.prepare(stepper)
     projection(model)

@@ -13,6 +13,8 @@ from trainkit.norm.placement import Placement, Site
 class FeedForward(nn.Module):
     """A sublayer of two linear layers, `inp` and `out`, with an activation between them."""
 
+    feeds_activation = ("inp", "hidden_norm")  # the layer, and the norm between it and the activation
+
     inp: nn.Linear
     out: nn.Linear
 

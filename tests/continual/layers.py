@@ -1,0 +1,43 @@
+"""What the tests of the continual layers share: float64, and small images with tasks."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainkit.norm_layer.task_ids import announce
+
+WIDTH, TASKS = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def images(count: int, *, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """x and the gradient that arrives at y."""
+    return 2 * torch.randn(count, width, 3, 2) + 1, torch.randn(count, width, 3, 2)
+
+
+def perturbed(layer: nn.Module) -> nn.Module:
+    """With parameters that are not at their neutral starting values."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return layer
+
+
+def step(layer: nn.Module, x: Tensor, gy: Tensor, ids: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A training forward and backward: y and the gradient of x."""
+    announce(layer, torch.as_tensor(ids) if ids is not None else None)
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(gy)
+    return y.detach(), x.grad
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-11)
