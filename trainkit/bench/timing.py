@@ -36,14 +36,16 @@ def hardware() -> dict[str, object]:
     }
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
+def interleaved(
+    steps: Mapping[str, Step], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each step. A round runs each once, so that a slow moment of the machine falls on all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: median(values) for name, values in seconds.items()}
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from trainkit.norm_layer.batch import BatchNorm
 from trainkit.norm_layer.channels import over_ranks
-from trainkit.norm_layer.stateful import recomputing, statistic
+from trainkit.norm_layer.stateful import recomputing, statistic, wide
 from trainkit.norm_layer.task_ids import TaskAware, TaskIds, untold
-from trainkit.norm_layer.weighted import Groups, from_samples, moments, normalize, statistics, to_samples
+from trainkit.norm_layer.weighted import add_affine, deviations, from_samples, to_samples
 
 
 class AdaB2N(TaskAware, BatchNorm):
@@ -79,31 +82,25 @@ class AdaB2N(TaskAware, BatchNorm):
         if not self.training:
             return super().forward(x)
         h = to_samples(x, self.axis, self.num_features)
-        found = moments(h)
-        said, (running_mean, running_var, eta) = self.recall(found[0].sum(0), len(h))
-        s, n = self._sample_weights(said, found[0])
+        with torch.no_grad():
+            m = h.mean(2, dtype=wide(x.dtype))
+            said, (running_mean, running_var, eta) = self.recall(m.sum(0), len(h))
+        s, n = self._sample_weights(said, m)
         n = n * h.shape[2]
-        groups, constant = Groups(), n < 2
-        stats = statistics(*found, s, groups, self.sync)
-        running = torch.stack([running_mean, running_var])
-        mean, var = (torch.where(constant, old, new) for old, new in zip(running, stats[:2], strict=True))
-        weight, bias = (p.unsqueeze(0) for p in self._weights(x))
-        stats = stats._replace(mean=mean, var=var)
-        y, mean, var = normalize(h, weight, bias, s, found, stats, constant, groups, self.eps, self.sync)
-
-        now = torch.cat([mean, var])
-        if self.regularize and torch.is_grad_enabled():
-            target = torch.lerp(running.to(now.dtype), now.detach(), self._next(eta).to(now.dtype))
-            penalty = (now - target).square().mean(1).sum()
-            if not recomputing():  # which must still build the same graph
-                self._noted.append(penalty)
-        self.observe(now.detach(), torch.where(constant, 0, n))
+        # Ranks that have enough themselves need not ask.
+        constant = n < 2 if len(h) * h.shape[2] < 2 else None
+        rest = 1 - self._next(eta) if self.regularize and torch.is_grad_enabled() else None
+        running = torch.stack([running_mean, running_var]).to(m.dtype)
+        y, penalty, now = Balance.apply(h, *self._weights(x), s, m, running, constant, rest, self.eps, self.sync)  # type: ignore[misc]
+        if rest is not None and not recomputing():  # which must still build the same graph
+            self._noted.append(penalty)
+        self.observe(now, n if constant is None else torch.where(constant, 0, n))
         return from_samples(y, x, self.axis)
 
     def take_penalty(self) -> Tensor | None:
         """The sum of R over the training forwards since the last call; None where there were none."""
         noted, self._noted = self._noted, []
-        return torch.stack(noted).sum() if noted else None
+        return reduce(torch.add, noted) if noted else None
 
     def update(self, statistics: Tensor, seen: Tensor) -> None:
         self.num_batches_tracked += seen  # type: ignore[operator]
@@ -123,17 +120,99 @@ class AdaB2N(TaskAware, BatchNorm):
                 raise untold(self)
             (n,) = over_ranks(self.sync, torch.full((), len(m), dtype=m.dtype, device=m.device))
             return (1 / n.clamp(min=1)).expand(len(m)), n
-        counts = said.counts(len(self.task_weight), self.sync).to(m.dtype)
-        tasks = torch.arange(len(counts), device=m.device)
-        # c_t as its logarithm: a large psi must not overflow.
-        shares = torch.logaddexp(self.task_weight.to(m.dtype), counts.log())
-        shares = shares.masked_fill((tasks > self.cur_tasks) & (counts == 0), -torch.inf).softmax(0)
-        n = counts.sum()
-        per_sample = torch.where(self.cur_tasks > 0, shares / counts.clamp(min=1), 1 / n.clamp(min=1))
-        return torch.where(said.ids.unsqueeze(1) == tasks, per_sample, 0.0).sum(1), n
+        batch = said.composition(len(self.task_weight), self.sync, m.dtype)
+        psi = self.task_weight.to(m.dtype)
+        return SampleWeights.apply(psi, self.cur_tasks, batch.since, batch.log_counts, batch.share), batch.number  # type: ignore[return-value]
 
     def _blank(self) -> dict[str, Any]:
         return {**super()._blank(), "_noted": []}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tasks={len(self.task_weight)}, kappa={self.kappa}"
+
+
+class SampleWeights(torch.autograd.Function):
+    """s, (B,), of psi, (tasks,), with its exact gradient; since, log_counts, share: of the batch's `Composition`.
+
+    psi is at work from T = since on: for a task in the batch once T > 0, for others once they are seen. Until then its
+    exp(psi) is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, psi, cur_tasks, since, log_counts, share):
+        psi = torch.where(since <= cur_tasks, psi, -torch.inf)
+        c = torch.logaddexp(psi, log_counts)  # as its logarithm: a large psi must not overflow
+        pi = c.softmax(0)
+        ctx.save_for_backward(psi, c, pi, share)
+        return (share * pi).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        psi, c, pi, share = ctx.saved_tensors
+        if not len(g):
+            return torch.zeros_like(psi), *(None,) * 4
+        g = (share * g.unsqueeze(1)).sum(0)
+        return (psi - c.logsumexp(0)).exp_() * (g - (pi * g).sum()), *(None,) * 4
+
+
+class Balance(torch.autograd.Function):
+    """y of x, (B, C, P), by the samples' weights s; R; and mean and var, (2, C), which are for looking at.
+
+    m: (B, C), mean_hw of each sample. running: (2, C), which serve as constants where `constant`, 0-d, is true; None:
+    nowhere. rest: 1 - eta, the share of the running statistics in their next values; None: R is not wanted, and 0.
+    Two passes over x, and one more in the backward than BatchNorm's: everything else is on (B, C). With sync the
+    gradients of x and s are those of the sum of all ranks' losses; the gradients of gain and bias stay the rank's.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain, bias, s, m, running, constant, rest, eps: float, sync: str):
+        column = s.unsqueeze(1)
+        mean, share = over_ranks(sync, (column * m).sum(0), s.sum())
+        if constant is not None:
+            mean = torch.where(constant, running[0], mean)
+        center = mean.view(1, -1, 1).expand(len(x), -1, 1)
+        v = deviations(x, center)  # from the mean of all
+        (var,) = over_ranks(sync, (column * v).sum(0))
+        if constant is not None:
+            var = torch.where(constant, running[1], var)
+        y = F.batch_norm(x, mean, var, gain, bias, False, 0.0, eps) if x.numel() else torch.empty_like(x)
+        now = torch.stack([mean, var])
+        penalty, pull = m.new_zeros(()), None
+        if rest is not None:
+            gap = (now - running) * rest.to(now.dtype)
+            penalty, pull = gap.square().sum() / len(mean), gap * (2 / len(mean))  # the next values are constants
+        ctx.save_for_backward(x, gain, s, m, v, now, share, pull, constant)
+        ctx.eps, ctx.sync = eps, sync
+        ctx.mark_non_differentiable(now)
+        return y, penalty, now
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, g_penalty, _):
+        x, gain, s, m, v, now, share, pull, constant = ctx.saved_tensors
+        mean, var = now
+        if x.numel():
+            gx, g_gain, g_bias = torch.ops.aten.native_batch_norm_backward(
+                gy.contiguous(), x, gain, mean, var, None, None, False, ctx.eps, [True] * 3
+            )
+        else:
+            gx, g_gain, g_bias = torch.zeros_like(x), torch.zeros_like(gain), torch.zeros_like(gain)
+
+        # What mean and var do to all outputs, and to R.
+        own = torch.zeros_like(now) if pull is None else pull * g_penalty
+        along, total, own = over_ranks(ctx.sync, g_gain, g_bias, own)
+        inverse = torch.rsqrt(var + ctx.eps)
+        scale = gain * inverse
+        g_var = torch.addcmul(own[1], scale * inverse, along, value=-0.5)
+        g_mean = torch.addcmul(own[0], scale, total, value=-1)
+        g_mean = torch.addcmul(g_mean, g_var * (1 - share), mean, value=-2)
+        if constant is not None:
+            g_mean, g_var = (torch.where(constant, 0.0, g) for g in (g_mean, g_var))
+
+        g_s = torch.addcmul(g_mean * m, g_var, v).sum(1)
+        if x.numel():
+            each = (s / x.shape[2]).unsqueeze(1)
+            center = mean.view(1, -1, 1).expand(len(x), -1, 1)
+            add_affine(gx, x, center, (each * (2 * g_var)).unsqueeze(2), (each * g_mean).unsqueeze(2))
+        return gx, g_gain, g_bias, g_s, *(None,) * 6

@@ -86,7 +86,7 @@ class BatchRenorm(Stateful):
             mean=torch.where(constant, running_mean, stats.mean),
             var=torch.where(constant, running_std.square() - self.eps, stats.var),
         )
-        y, *_ = normalize(h, weight * r, bias + weight * d, s, found, stats, constant, groups, self.eps, self.sync)
+        y = normalize(h, weight * r, bias + weight * d, s, found, stats, constant, groups, self.eps, self.sync)
         return from_samples(y, x, self.axis)
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:

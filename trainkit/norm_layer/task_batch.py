@@ -78,9 +78,7 @@ class TaskBatchNorm(TaskAware):
         constant = n < 2
         mean, var = torch.where(constant, running_mean, stats.mean), torch.where(constant, running_var, stats.var)
         affine = (p.to(s.dtype) for p in (self.weight, self.bias))
-        y, *_ = normalize(
-            h, *affine, s, found, stats._replace(mean=mean, var=var), constant, groups, self.eps, self.sync
-        )
+        y = normalize(h, *affine, s, found, stats._replace(mean=mean, var=var), constant, groups, self.eps, self.sync)
 
         n = torch.where(constant, 0.0, n).expand_as(mean)
         sums = torch.cat([n * mean, n * var * n / (n - 1).clamp(min=1), n])

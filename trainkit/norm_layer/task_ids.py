@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,20 @@ def announce(model: nn.Module, task_ids: Tensor | None) -> None:
             module.said = said
 
 
+class Composition(NamedTuple):
+    """What a batch is made of, the same for all layers: counts of each task over all ranks, and what follows.
+
+    counts, log_counts: (tasks,); number: 0-d, of all samples; share: (B, tasks), 1 / counts[t] where the sample's task
+    is t, else 0; since: (tasks,), int64: 1 for tasks in the batch, for others the task itself, but at least 1.
+    """
+
+    counts: Tensor
+    log_counts: Tensor
+    number: Tensor
+    share: Tensor
+    since: Tensor
+
+
 class TaskIds:
     """The tasks of a batch's samples, shared by all layers of a model; ids: (B,), int64."""
 
@@ -31,6 +45,7 @@ class TaskIds:
             raise ValueError(f"task ids are integers of shape (samples,); got {ids.dtype} of shape {tuple(ids.shape)}")
         self.ids, self.training = ids, training
         self._counts: dict[tuple[int, str], Tensor] = {}
+        self._compositions: dict[tuple[int, str, torch.dtype], Composition] = {}
 
     def counts(self, tasks: int, sync: str) -> Tensor:
         """How many samples of each task the batches of all ranks have, (tasks,), int64; found once per batch.
@@ -47,6 +62,18 @@ class TaskIds:
             members = self.ids.unsqueeze(1) == torch.arange(tasks, device=self.ids.device)
             (self._counts[tasks, sync],) = over_ranks(sync, members.sum(0))
         return self._counts[tasks, sync]
+
+    def composition(self, tasks: int, sync: str, dtype: torch.dtype) -> Composition:
+        """The batch's composition with numbers in `dtype`; found once per batch, as `counts`."""
+        assert self.ids is not None
+        key = (tasks, sync, dtype)
+        if key not in self._compositions:
+            counted = self.counts(tasks, sync)
+            counts, order = counted.to(dtype), torch.arange(tasks, device=counted.device)
+            share = torch.where(self.ids.unsqueeze(1) == order, 1 / counts.clamp(min=1), 0.0)
+            since = torch.where(counted > 0, 1, order.clamp(min=1))
+            self._compositions[key] = Composition(counts, counts.log(), counts.sum(), share, since)
+        return self._compositions[key]
 
 
 class TaskAware(Stateful):
@@ -70,7 +97,7 @@ class TaskAware(Stateful):
         return {"said": None, "_past": deque(maxlen=CALLS_KEPT)}
 
     def recall(self, key: Tensor, samples: int) -> tuple[TaskIds | None, list[Tensor]]:
-        """The announcement for this training forward, and copies of the buffers in `remembers`; key: of its input.
+        """The announcement for this training forward, and the buffers in `remembers` as of now; key: of its input.
 
         None where nothing was announced. ValueError where the announcement is of another number of samples.
         """
@@ -83,9 +110,11 @@ class TaskAware(Stateful):
                 f"{type(self).__name__} was told the tasks of {len(said.ids)} samples and sees a batch of {samples}. "
                 "Call strategy.begin_batch(model, task_ids) before every training forward"
             )
-        state = [getattr(self, name).clone() for name in self.remembers]
+        state = [getattr(self, name) for name in self.remembers]
+        if self.count == "call":  # else they stand still until all backwards are done
+            state = [buffer.clone() for buffer in state]
         if not torch.compiler.is_compiling():
-            self._past.append((samples, key.clone(), said, state))
+            self._past.append((samples, key, said, state))
         return said, state
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ passes over the input find those, a third normalizes, and all the rest is on tab
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,13 @@ def to_samples(x: Tensor, axis: int, width: int) -> Tensor:
             f"the norm layer was built for {width} channels on axis {axis}; got an input of shape {tuple(x.shape)}. "
             "Check the width and the axis it is built with"
         )
-    x = x.movedim(axis, 1)
+    x = x if axis == 1 else x.movedim(axis, 1)
     return (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)).contiguous()
 
 
 def from_samples(y: Tensor, x: Tensor, axis: int) -> Tensor:
     """(samples, width, positions) -> the shape of x."""
-    return y.view(x.movedim(axis, 1).shape).movedim(1, axis)
+    return y.view_as(x) if axis == 1 else y.view(x.movedim(axis, 1).shape).movedim(1, axis)
 
 
 @torch.no_grad()
@@ -42,16 +43,29 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean, var
     # On a processor torch's var_mean takes twenty times as long.
     mean = x.mean(2, dtype=dtype)
-    var = torch.empty_like(mean)
-    for block, m, out in zip(*(t.split(block_of(x)) for t in (x, mean, var)), strict=True):
-        norm = torch.linalg.vector_norm(block.to(dtype) - m.unsqueeze(2), dim=2)
-        torch.div(norm.square_(), x.shape[2], out=out)
-    return mean, var
+    return mean, deviations(x, mean.unsqueeze(2))
 
 
-def block_of(x: Tensor) -> int:
-    """How many samples of x, (B, C, P), fit the processor's cache."""
-    return max(1, BLOCK // max(1, x[:1].numel()))
+def deviations(x: Tensor, center: Tensor) -> Tensor:
+    """mean_p (x - center)² of each sample per channel, (B, C), of x: (B, C, P) and center: (B, C, 1)."""
+    out = center.new_empty(x.shape[:2])
+    for block, c, norm in parts(x, center, out):
+        torch.linalg.vector_norm(block.to(c.dtype) - c, dim=2, out=norm)
+    return out.square_().div_(x.shape[2])
+
+
+def add_affine(out: Tensor, x: Tensor, center: Tensor, tilt: Tensor, shift: Tensor) -> None:
+    """out += (x - center) tilt + shift, of out, x: (B, C, P) and center, tilt, shift: (B, C, 1)."""
+    for o, block, c, a, b in parts(out, x, center, tilt, shift):
+        o.add_((block.to(c.dtype) - c).mul_(a).add_(b))
+
+
+def parts(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same samples of several tensors: all, or on a processor as many as its cache holds of x, (B, C, P)."""
+    size = max(1, BLOCK // max(1, x.shape[1] * x.shape[2]))
+    if len(x) <= size or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(x, *others)]
+    return zip(*(t.split(size) for t in (x, *others)), strict=True)
 
 
 class Groups:
@@ -106,8 +120,8 @@ def normalize(
     groups: Groups,
     eps: float,
     sync: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = gain (x - mean)/sqrt(var + eps) + bias per group, and its mean and var, all three with exact gradients.
+) -> Tensor:
+    """y = gain (x - mean)/sqrt(var + eps) + bias per group, with exact gradients.
 
     x: (B, C, P); gain, bias: (G, C); found, stats: what `moments` and `statistics` said of x and the weights s, to
     which gradients go as well. constant: (G, 1), True where mean and var are numbers from elsewhere. With sync the
@@ -124,17 +138,15 @@ class Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, gain, s, m, v, mean, var, share, constant)
         ctx.groups, ctx.eps, ctx.sync = groups, eps, sync
         if x.numel() == 0:
-            return torch.empty_like(x), mean.clone(), var.clone()
+            return torch.empty_like(x)
         if groups.index is None:
-            y = F.batch_norm(x, mean[0], var[0], gain[0], bias[0], False, 0.0, eps)
-        else:
-            of_each = [flat(groups.each(t), x) for t in (mean, var, gain, bias)]
-            y = F.batch_norm(planes(x), of_each[0], of_each[1], of_each[2], of_each[3], False, 0.0, eps).view(x.shape)
-        return y, mean.clone(), var.clone()
+            return F.batch_norm(x, mean[0], var[0], gain[0], bias[0], False, 0.0, eps)
+        of_each = [flat(groups.each(t), x) for t in (mean, var, gain, bias)]
+        return F.batch_norm(planes(x), of_each[0], of_each[1], of_each[2], of_each[3], False, 0.0, eps).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gy, g_mean, g_var):
+    def backward(ctx, gy):
         x, gain, s, m, v, mean, var, share, constant = ctx.saved_tensors
         groups, s = ctx.groups, s.unsqueeze(1)
         if x.numel():
@@ -148,20 +160,17 @@ class Normalize(torch.autograd.Function):
         g_gain, g_bias = groups.sum(along), groups.sum(total)
 
         # What mean and var do to all outputs; along: sum of gy (x - mean)/sqrt(var + eps), total: of gy.
-        along, total, g_mean, g_var = over_ranks(ctx.sync, g_gain, g_bias, g_mean, g_var)
+        along, total = over_ranks(ctx.sync, g_gain, g_bias)
         inverse = torch.rsqrt(var + ctx.eps)
-        g_var = torch.where(constant, 0.0, g_var - gain * along * inverse.square() / 2)
-        g_mean = g_mean - gain * total * inverse - 2 * g_var * mean * (1 - share)
+        g_var = torch.where(constant, 0.0, -gain * along * inverse.square() / 2)
+        g_mean = -gain * total * inverse - 2 * g_var * mean * (1 - share)
         g_mean, g_var = groups.each(torch.where(constant, 0.0, g_mean)), groups.each(g_var)
 
         center = groups.each(mean)
         g_s = (g_mean * m + g_var * (v + (m - center).square())).sum(1)
         if x.numel():
             shift, tilt = s * g_mean / x.shape[2], 2 * s * g_var / x.shape[2]
-            parts = (gx, x, *(t.expand_as(m).unsqueeze(2) for t in (center, tilt, shift)))
-            size = block_of(x) if x.device.type == "cpu" else len(x)
-            for out, block, c, a, b in zip(*(t.split(size) for t in parts), strict=True):
-                out.add_(torch.addcmul(b, block.to(m.dtype) - c, a))
+            add_affine(gx, x, *(t.expand_as(m).unsqueeze(2) for t in (center, tilt, shift)))
         return gx, g_gain, g_bias, g_s, *(None,) * 9
 
 
