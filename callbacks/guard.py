@@ -54,11 +54,12 @@ class Guard(Callback):
         self.losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)
         self.warned = False
         self.skipped = self.in_a_row = 0
-        self.buffers: list[Tensor] = []  # the model's, as they were before the step in progress
         self.before: Tensor | None = None  # the losses of the last `window` steps, in a ring; NaN where there was none
         self._saved: list[Tensor | None] = []  # a resumed run's rings, by rank: each rank has losses of its own
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        # Taken by the task, after a stream has told the model of a new task: that is not undone with the step.
+        pl_module.keep_buffers = self.on_non_finite == "skip"
         if len(self._saved) == trainer.world_size:
             self.before = self._saved[trainer.global_rank]
         self._saved = []
@@ -81,8 +82,6 @@ class Guard(Callback):
                 self.losses.clear()
             else:
                 self._look(pl_module)
-        if self.on_non_finite == "skip" and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.buffers = [buffer.clone() for buffer in pl_module.model.buffers()]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if trainer.fit_loop._should_accumulate() or self.before is None:
@@ -122,7 +121,7 @@ class Guard(Callback):
         if not bool(bad):
             self.in_a_row = 0
             return
-        for buffer, value in zip(task.model.buffers(), self.buffers, strict=True):
+        for buffer, value in zip(task.model.buffers(), task.buffers_before, strict=True):
             buffer.copy_(value)
         layer = first_non_finite(task)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from trainkit.measure.modes import evaluating
 from trainkit.measure.plasticity import (
     LAYERS,
     Statistics,
@@ -215,18 +215,6 @@ class Reading:
         self.units[name] = self.units[name] + units if name in self.units else units
         most = max(SVD_ROWS, 2 * h.shape[axis])
         self.rows.setdefault(name, []).append(rows(h, axis, -(-most // self.batches)))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode, and afterwards each module in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def probe(loader: Any, samples: int) -> list[Any]:

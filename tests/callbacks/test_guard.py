@@ -99,3 +99,19 @@ def test_on_a_device_nothing_waits_for_it_between_logged_steps(tmp_path, monkeyp
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"callbacks\.guard\.on_non_finite"):
         Guard(on_non_finite="ignore")
+
+
+class NewTaskAtFive(Toy):
+    """Tells the model of a new task before its first step, as a stream does."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 4:
+            self.model.task.fill_(1)
+        super().on_train_batch_start(batch, batch_idx)
+
+
+def test_a_skipped_step_does_not_undo_that_a_task_began(tmp_path):
+    task = NewTaskAtFive(poison=math.nan, poison_at=5)
+    task.model.register_buffer("task", torch.tensor(0))
+    fit(tmp_path, [Guard(on_non_finite="skip")], task=task)
+    assert task.model.task == 1

@@ -251,7 +251,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_all_and_says_how_to_go_on(go, tmp_path, told, number, code):
     helper = interrupt(tmp_path, number)
     assert go("norm=pre,lns,sandwich") == code

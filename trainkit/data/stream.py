@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from trainkit.data.loader import FixedLoader, Share
 from trainkit.data.pixels import Pixels, Split, crop
 from trainkit.data.tasks import Kind, View
 from trainkit.learner.learner import Batch
+
+AT_LEAST = 256  # images per forward of an evaluation: batches of streams are small
+ORDER = 1  # sets the draws of an order apart from those of a task, which begin with (seed, task)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -144,7 +147,9 @@ class Stream(LightningDataModule):
 
     def _fixed(self, part: str, tasks: list[int]) -> FixedLoader:
         samples = self.samples(part, tasks)
-        return FixedLoader(np.arange(len(samples)), self.share(), lambda items: self.batch(samples, items))
+        share = self.share()
+        share = replace(share, micro_batch=max(share.micro_batch, AT_LEAST))
+        return FixedLoader(np.arange(len(samples)), share, lambda items: self.batch(samples, items))
 
     def samples(self, part: str, tasks: list[int]) -> Samples:
         return Samples(self.source.splits[part], [self._views[part, task] for task in tasks], tasks)
@@ -231,7 +236,7 @@ class StreamLoader:
     def __init__(self, stream: Stream, share: Share, *, trainer: Trainer | None = None):
         self.stream, self.share, self.trainer = stream, share, trainer
         self.source = stream.samples("train", list(range(stream.tasks)))
-        self._saved: dict[str, int | list[int]] | None = None
+        self._saved: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return self.stream.ends()[-1] * self.share.accumulation
@@ -240,7 +245,7 @@ class StreamLoader:
         here = self.state_dict()
         if self._saved not in (None, here):
             raise ValueError(
-                "a resumed run must keep its stream (data.tasks, data.epochs, data.batch_size, images, seed). "
+                "a resumed run must keep its stream (tasks, epochs, batch size, images, seed). "
                 f"The checkpoint stands at {self._saved}, this run at {here}. Undo the change, or start a new run"
             )
         self._saved = None
@@ -260,11 +265,14 @@ class StreamLoader:
                 first = place * size + (micro * share.world + share.rank) * share.micro_batch
                 yield partial(draw, slice(first, first + share.micro_batch))
 
-    def state_dict(self) -> dict[str, int | list[int]]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, and what gives it its meaning."""
-        return {"step": self._done(), "ends": self.stream.ends(), "seed": self.stream.seed}
+        stream = self.stream
+        counts = [len(stream.view("train", task).items) for task in range(stream.tasks)]
+        meaning = {"ends": stream.ends(), "images": counts, "batch_size": stream.batch_size, "seed": stream.seed}
+        return {"step": self._done(), "kind": type(stream.kind).__name__, "mixed": stream.mixed, **meaning}
 
-    def load_state_dict(self, state: dict[str, int | list[int]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps where the checkpoint stands until the first batch is drawn: before, the trainer has no position."""
         self._saved = state
 
@@ -277,7 +285,7 @@ class StreamLoader:
     def _pass(self, samples: Samples, task: int, turn: int) -> Callable[[slice], Batch]:
         """What gives the batch at a stretch of one pass over a task."""
         stream, count = self.stream, len(samples)
-        bits = np.random.PCG64(np.random.SeedSequence([stream.seed, task, turn]))
+        bits = np.random.PCG64(np.random.SeedSequence([ORDER, stream.seed, task, turn]))
         order = np.argsort(bits.random_raw(count), kind="stable")
         if stream.augment == "none":
             return lambda part: stream.batch(samples, order[part])

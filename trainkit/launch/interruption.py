@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 
 from trainkit.launch.console import log
 from trainkit.launch.launched import slurm_job
+
+OF_A_SWEEP = "TRAINKIT_OF_A_SWEEP"  # set for the jobs of a sweep, which goes back into the queue as a whole
 
 
 class Interrupted(SystemExit):
@@ -28,10 +31,11 @@ def requeue(stopped: Interrupted) -> None:
     """On SLURM, puts the job back into the queue after SIGUSR1, the warning before its time is over (--signal=USR1@60).
 
     After SIGTERM it does not: that is scancel, or a preemption, after which SLURM requeues by itself if it is to.
-    Either way the same command line goes on with the run when the job starts again (trainkit/launch/resume.py).
+    A sweep that was warned stops its jobs, which save, and goes back as a whole. Either way the same command line goes
+    on with the run when the job starts again (trainkit/launch/resume.py).
     """
     job = slurm_job()
-    if job is None or stopped.number != signal.SIGUSR1:
+    if job is None or os.environ.get(OF_A_SWEEP) or stopped.number != signal.SIGUSR1:
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)

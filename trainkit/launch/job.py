@@ -41,6 +41,7 @@ from trainkit.launch.ranks import Agreement, supervise, tell_directory, together
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, summary
+from trainkit.launch.summary import STAGES
 from trainkit.launch.unused import unused_norm_layer
 from trainkit.launch.weights import from_run, give_form, initialize, unreadable
 from trainkit.optimizer.partition import describe
@@ -381,4 +382,4 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _is_final(name: str) -> bool:
-    return not name.startswith("grad_norm/")
+    return name.startswith(STAGES) or "/" not in name or name.endswith("/mean")

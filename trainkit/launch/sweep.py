@@ -21,6 +21,7 @@ from trainkit.launch import rundir
 from trainkit.launch.children import LEFT_OVER, Child, end
 from trainkit.launch.console import log, show, to_terminal
 from trainkit.launch.explain import UserError, shorten
+from trainkit.launch.interruption import OF_A_SWEEP, Interrupted, requeue
 from trainkit.launch.launched import launched, mark
 from trainkit.launch.machine import default_threads, gpus
 from trainkit.launch.preflight import Plan
@@ -182,6 +183,8 @@ class Sweep:
             log.info("%s with %d of %d jobs finished; go on with", done, finished, len(self.jobs))
             launcher = [word for word in self.plan.typed if of_a_launcher(word)]
             log.info("  %s", shlex.join(["python", "run.py", "-m", *launcher, f"sweep.resume={self.directory}"]))
+        if received:
+            requeue(Interrupted(received[0], "ended the sweep"))
         return 128 + received[0] if received else int(finished < len(self.jobs))
 
     def _all(self, interrupted: Callable[[], bool]) -> None:
@@ -240,7 +243,9 @@ class Sweep:
         words = [word for word in job["overrides"] if not word.startswith("paths.run_dir=")]
         words += self._place(number, target)
         taken, self.free = self.free[: self.needs[number]], self.free[self.needs[number] :]
-        environment = clean_environment() | ({"CUDA_VISIBLE_DEVICES": ",".join(taken)} if taken else {})
+        environment = (
+            clean_environment() | {OF_A_SWEEP: "1"} | ({"CUDA_VISIBLE_DEVICES": ",".join(taken)} if taken else {})
+        )
         quiet = self.at_once > 1
         if not quiet:
             log.info("\n%s", self._name(number))
@@ -355,7 +360,7 @@ def reason(result: dict[str, Any], code: int, said: str) -> str:
 def signals() -> Iterator[list[int]]:
     """Collects the signals that ask this process to stop, instead of being stopped in the middle of something."""
     received: list[int] = []
-    asking = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    asking = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may listen
         return

@@ -124,7 +124,7 @@ class Reservoir(Buffer):
 
     def __init__(self, size: int, stream: Stream):
         super().__init__(size, stream)
-        warn_if_few(size, stream.classes, "classes", stream)
+        warn_if_few(self.size, stream.classes, "classes", stream)
         self.seen = 0
 
     def places(self, labels: Tensor, task_ids: Tensor) -> Tensor:
@@ -157,7 +157,13 @@ class Ring(Buffer):
     def __init__(self, size: int, stream: Stream):
         super().__init__(size, stream)
         pairs = [(task, label) for task, classes in enumerate(stream.classes_of) for label in classes]
-        warn_if_few(size, len(pairs), "pairs of a task and a class", stream)
+        if stream.world > 1 and self.size < len(pairs):  # all ranks would leave out the same ones
+            raise ValueError(
+                f"learner.buffer=ring needs a place for each of the {len(pairs)} pairs of a task and a class on each "
+                f"of the {stream.world} processes; got {self.size}. Raise learner.buffer_size, or try "
+                "learner.buffer=reservoir"
+            )
+        warn_if_few(self.size, len(pairs), "pairs of a task and a class", stream)
         self.pair = torch.full((stream.tasks, stream.classes), -1)
         for number, place in enumerate(pairs):
             self.pair[place] = number
@@ -199,7 +205,7 @@ def seed_of(seed: int, rank: int) -> int:
 def warn_if_few(size: int, needed: int, what: str, stream: Stream) -> None:
     if size < needed and stream.rank == 0:
         warnings.warn(
-            f"learner.buffer_size={size} is less than the {needed} {what} of the stream, so some of them cannot be "
-            "replayed. Raise it",
+            f"learner.buffer_size leaves {size} places on each process, fewer than the {needed} {what} of the stream, "
+            "so some of them cannot be replayed. Raise it",
             stacklevel=3,
         )

@@ -49,5 +49,6 @@ class DarkReplay(Replay):
         if second:
             logged["replay_loss"] = F.cross_entropy(past[-1], second[0].labels)
             total = total + self.beta * logged["replay_loss"]
-        self.buffer.add(batch.raw, batch.labels, batch.task_ids, current)
+        whole = current.detach().isfinite().all(1)  # a logit that is no number would spoil every later draw of it
+        self.buffer.add(*(t[whole] for t in (batch.raw, batch.labels, batch.task_ids, current)))
         return total, logged

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from trainkit.learner.learner import Batch
 from trainkit.learner.regularizer import Forward, Regularizer, chosen, moved, to, wide
+from trainkit.measure.modes import evaluating
 
 FISHERS = ("weighted", "empirical")
 
@@ -69,9 +70,8 @@ class ElasticWeightConsolidation(Regularizer):
     def remember(self, model: nn.Module, batches: Iterable[Batch], competing: Callable[[Tensor], Tensor]) -> None:
         parameters = chosen(model, self.only)
         sums = {name: torch.zeros_like(wide(p.detach())) for name, p in parameters.items()}
-        count, training = 0, model.training
-        model.eval()
-        try:
+        count = 0
+        with evaluating(model):
             for x, labels, task_ids in chunks(batches, self.chunk):
                 # Announced as a batch of one, which is what each sample is below.
                 self.strategy.begin_batch(model, task_ids[:1])
@@ -80,8 +80,6 @@ class ElasticWeightConsolidation(Regularizer):
                 for name, g in gradients.items():
                     sums[name] += (wide(g).square() * weights.view(-1, *[1] * (g.dim() - 1))).sum(0)
                 count += len(x)
-        finally:
-            model.train(training)
         count = self._over_ranks(sums, count)
         if not count:
             raise ValueError("learner=ewc needs the finished task's samples for its Fisher; the loader gave none")

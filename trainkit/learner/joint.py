@@ -15,6 +15,8 @@ class Joint(Learner):
     network and its schedule.
     """
 
+    mixes = True
+
     def begin_task(self, model: nn.Module, task: int) -> None:
         """ValueError where a task that others follow starts by itself."""
         if task < self.stream.tasks - 1:

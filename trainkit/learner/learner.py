@@ -49,6 +49,9 @@ class Learner:
 
     stream: Stream
     strategy: Strategy
+    remembers_batches = False  # each call leaves something behind, so a batch must not be repeated
+    joins_late = True  # whether it can take over a stream that another learner began
+    mixes = False  # whether it makes sense on a stream whose tasks are shuffled together
 
     def begin(self, stream: Stream, strategy: Strategy) -> None:
         """Called once, before training and before a state is loaded."""

@@ -45,6 +45,7 @@ class Regularizer(Learner):
     penalize: the running statistics of BatchNorm belong to none, so they drift to the new task under any weight.
     """
 
+    joins_late = False
     name: str
     wants: frozenset[str] = frozenset()
 
@@ -82,7 +83,6 @@ class Regularizer(Learner):
         self, model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Any], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = of_stream(batch)
-        # The old network first, so that what the strategy hears last is about the training forward.
         old_logits, old_features = self._old(model, batch) if self.finished and self.wants else (None, None)
         with penultimate(model, wanted="features" in self.wants) as features:
             logits = self.logits(model, batch.x, batch.task_ids)
@@ -99,7 +99,8 @@ class Regularizer(Learner):
     def _old(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         teacher = self.teacher.of(model)
         with penultimate(teacher, wanted="features" in self.wants) as features:
-            logits = self.logits(teacher, batch.x, batch.task_ids)
+            # Not announced: it knows nothing of the task in progress, and speaks as it did when it was made.
+            logits = wide(teacher(batch.x))
         return logits, features[0] if features else None
 
     def competing(self, logits: Tensor) -> Tensor:
@@ -153,9 +154,9 @@ def wide(value: Tensor) -> Tensor:
 def moved(model: nn.Module, anchor: dict[str, Tensor], importance: dict[str, Tensor] | None = None) -> Tensor:
     """Σ_j F_j (θ_j - θ*_j)², θ* and F by the parameter's name, F = 1 where None."""
     parameters, total = dict(model.named_parameters()), []
-    for name, value in anchor.items():
+    for name in list(anchor):
         square = (wide(parameters[name]) - to(anchor, name, parameters[name])).square()
-        total.append((square if importance is None else square * to(importance, name, value)).sum())
+        total.append((square if importance is None else square * to(importance, name, parameters[name])).sum())
     return torch.stack(total).sum()
 
 

@@ -39,6 +39,8 @@ class Replay(Learner):
     after the draws, whether or not the optimizer takes the step.
     """
 
+    remembers_batches = True
+
     def __init__(
         self,
         *,

@@ -39,6 +39,11 @@ class AccuracyMatrix(Metric):
         """Adds how many of `total` samples of task `evaluated` were classified rightly after task `trained`, 0-d."""
         self._add(self._task(trained), evaluated, correct, total)
 
+    def restart(self, trained: int) -> None:
+        """Forgets row `trained`, which is measured once more: a run stopped within a task may go on with it."""
+        for counts in (self.correct, self.total):
+            counts[self._task(trained)] = 0
+
     def note_random(self, evaluated: int, correct: Tensor | int, total: Tensor | int) -> None:
         """The same for the untrained network."""
         self._add(self.tasks, evaluated, correct, total)

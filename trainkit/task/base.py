@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from trainkit.continual.strategy import Strategy
@@ -60,6 +61,8 @@ class Task(LightningModule):
         self.metrics: dict[str, float] = {}  # what was logged last
         self._records: dict[str, Tensor | float] = {}
         self._losses: list[Tensor] = []  # of the batches accumulated into the step in progress
+        self.keep_buffers = False
+        self.buffers_before: list[Tensor] = []  # with keep_buffers, the model's before the step in progress
         self.replay: Replay | None = None  # for optimizers that need a second gradient
         self.halves: Halves | None = None  # for treatments that compare two halves of the batch
 
@@ -82,7 +85,7 @@ class Task(LightningModule):
         # Fused optimizers would undo the scale of the loss in their kernel, after the treatment of the gradient.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.replay = Replay(self) if hasattr(optimizer, "again") else None
-        if self.replay is not None and hasattr(self.learner, "state_dict"):
+        if self.replay is not None and getattr(self.learner, "remembers_batches", False):
             raise ValueError(
                 f"{type(optimizer).__name__} takes two gradients of every batch, but {type(self.learner).__name__} "
                 "remembers each batch that it sees. Try another optimizer"
@@ -114,6 +117,8 @@ class Task(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.step = self.trainer.global_step + 1
         place = batch_idx % self.trainer.accumulate_grad_batches
+        if self.keep_buffers and place == 0:
+            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
         if place == 0 and hasattr(self.gradient, "begin_step"):
             wanted = self.gradient.begin_step(self.step)  # type: ignore[attr-defined]
             if self.halves is not None:
@@ -275,6 +280,8 @@ def by_rank(mine: Any) -> list[Any]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [mine]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    # Through the CPU: a tensor of another rank's device would be unpacked onto that device.
+    mine = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, mine)
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
 

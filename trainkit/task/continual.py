@@ -14,6 +14,7 @@ from trainkit.data.stream import Stream
 from trainkit.launch.console import log
 from trainkit.learner.learner import Batch, Learner
 from trainkit.learner.learner import Stream as Known
+from trainkit.measure.modes import evaluating
 from trainkit.task.accuracy_matrix import AccuracyMatrix
 from trainkit.task.base import wide
 from trainkit.task.classify import Classification
@@ -29,12 +30,10 @@ class ContinualClassification(Classification):
     of `scenario` is written to <run>/accuracy_matrix.csv. Validation and test are over all tasks.
 
     scenario: which of the two is the result; domain: every task has all classes, so there is only the first.
-    heads: the classes that compete in scenario=class: all of them, or those seen so far.
+    heads: the classes that compete in scenario=class: all of them, or those seen so far; on a task to come, its own
+    too.
     zero_shot: also evaluate the tasks to come, and the untrained network, as forward transfer (fwt) needs.
     """
-
-    begun: Tensor
-    closed: Tensor
 
     def __init__(
         self,
@@ -53,8 +52,8 @@ class ContinualClassification(Classification):
             raise ValueError(f"task.heads is all or seen; got {heads!r}")
         self.scenario, self.heads, self.zero_shot = scenario, heads, zero_shot
         self.matrices = nn.ModuleDict({name: AccuracyMatrix(tasks) for name in ("class", "task")})
-        self.register_buffer("begun", torch.tensor(-1))  # the task in progress
-        self.register_buffer("closed", torch.tensor(-1))  # the last one that has ended
+        self.begun = self.closed = -1  # the task in progress, and the last one that has ended
+        self._restored = False  # whether the learner goes on with what it knew
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
@@ -69,6 +68,16 @@ class ContinualClassification(Classification):
         data = self.data
         if data.tasks != self.tasks:
             raise ValueError(f"task.tasks={self.tasks} must be data.tasks={data.tasks}")
+        if stage == "fit" and self.trainer.max_epochs not in (None, -1, 1):
+            raise ValueError(
+                f"a stream passes once through the trainer; for trainer.max_epochs={self.trainer.max_epochs} passes "
+                f"over each task say data.epochs={self.trainer.max_epochs}"
+            )
+        if data.mixed and isinstance(self.learner, Learner) and not self.learner.mixes:
+            raise ValueError(
+                f"data.mixed=true shuffles all tasks together, which {type(self.learner).__name__} does not expect. "
+                "Try learner=joint, or learner=finetune"
+            )
         self.classes_of = [data.classes_of(task) for task in range(data.tasks)]
         shared = any(set(self.classes_of[0]) & set(other) for other in self.classes_of[1:])
         if shared and self.scenario != "domain":
@@ -102,14 +111,24 @@ class ContinualClassification(Classification):
         self.strategy.begin_batch(model, batch.task_ids)
         return F.cross_entropy(wide(model(batch.x)), batch.labels, label_smoothing=self.label_smoothing)
 
+    def on_train_start(self) -> None:
+        if self.begun < 0 or self._restored or not isinstance(self.learner, Learner):
+            return
+        if not self.learner.joins_late:
+            raise ValueError(
+                f"{type(self.learner).__name__} needs what it noted at the end of earlier tasks, but the run to be "
+                "resumed had another learner. Keep that, or start a new run"
+            )
+        self.learner.begin_task(self.model, self.begun)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         task = self.data.task_at(self.trainer.global_step)
-        if task != int(self.begun):
-            if int(self.begun) < 0 and self.zero_shot:
+        if task != self.begun:
+            if self.begun < 0 and self.zero_shot:
                 self.note_random()
-            if int(self.begun) >= 0:
+            if self.begun >= 0:
                 self.close()
-            self.begun.fill_(task)
+            self.begun = task
             if isinstance(self.learner, Learner):
                 self.learner.begin_task(self.model, task)
             self.strategy.begin_task(self.model, task)
@@ -117,29 +136,46 @@ class ContinualClassification(Classification):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.trainer.global_step == self.total_steps:
+        stepping = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if not stepping or self.trainer.global_step != self.total_steps:
+            return
+        if self.trainer.global_step == self.data.ends()[self.begun]:
             self.close()
+        else:  # stopped within a task, which a longer run may go on with
+            self.evaluate_tasks(self.begun)
 
     def on_test_start(self) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            self.close()  # of a run that was stopped between its last step and this
+        # Of a run that was stopped between its last step and this.
+        if self.begun >= 0 and self.trainer.global_step == self.data.ends()[self.begun]:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.close()
 
     def close(self) -> None:
         """Ends the task in progress, unless that was done."""
-        task = int(self.begun)
-        if task < 0 or task == int(self.closed):
+        if self.begun == self.closed:
             return
+        task = self.closed = self.begun
         if isinstance(self.learner, Learner):
             self.learner.end_task(self.model, task, self._moved(self.data.training(task)))
         self.strategy.end_task(self.model, task)
-        self.closed.fill_(task)
         self.evaluate_tasks(task)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stream"] = {"begun": self.begun, "closed": self.closed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.begun, self.closed = checkpoint["stream"]["begun"], checkpoint["stream"]["closed"]
+        self._restored = checkpoint.get("learner", {}).get("of") == type(self.learner).__name__
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate_tasks(self, trained: int) -> None:
         """Row `trained` of the accuracy matrices, and what follows from them."""
         measured = range(self.tasks) if self.zero_shot else range(trained + 1)
+        for matrix in self.matrices.values():
+            matrix.restart(trained)  # type: ignore[operator]
         for task in measured:
             counts = self.count(task)
             for name, matrix in self.matrices.items():
@@ -148,7 +184,9 @@ class ContinualClassification(Classification):
         self.write_matrix()
         R = self.matrices[self._result].matrix()  # type: ignore[operator]
         row = "  ".join(f"{100 * value:.1f}" for value in R[trained, : trained + 1].tolist())
-        log.info("task %d of %d has ended; accuracy on each so far, in %%: %s", trained + 1, self.tasks, row)
+        how = "has ended" if trained == self.closed else "is left unfinished"
+        if self.trainer.is_global_zero:
+            log.info("task %d of %d %s; accuracy on each so far, in %%: %s", trained + 1, self.tasks, how, row)
 
     def note_random(self) -> None:
         """The accuracies of the untrained network."""
@@ -160,21 +198,19 @@ class ContinualClassification(Classification):
     @torch.no_grad()
     def count(self, task: int) -> dict[str, Tensor]:
         """How many of a task's samples are classified rightly on this rank, by matrix, and their number."""
-        was_training = self.model.training
-        self.model.eval()
-        own = torch.zeros(1, dtype=torch.int64, device=self.device)
+        own = torch.zeros((), dtype=torch.int64, device=self.device)
         right = {"class": own.clone(), "task": own.clone(), "total": own}
-        seen = sorted({c for classes in self.classes_of[: max(int(self.begun), task) + 1] for c in classes})
-        for batch in self._moved(self.data.evaluation(task)):
-            with self.trainer.precision_plugin.val_step_context():
-                self.strategy.begin_batch(self.model, batch.task_ids)
-                logits = wide(self.model(batch.x))
-            competing = only(logits, seen) if self.heads == "seen" else logits
-            right["class"] += (competing.argmax(-1) == batch.labels).sum()
-            right["task"] += (only(logits, self.classes_of[task]).argmax(-1) == batch.labels).sum()
-            right["total"] += len(batch.labels)
-        self.model.train(was_training)
-        return {name: count[0] for name, count in right.items()}
+        seen = sorted({c for classes in self.classes_of[: max(self.begun, task) + 1] for c in classes})
+        with evaluating(self.model):
+            for batch in self._moved(self.data.evaluation(task)):
+                with self.trainer.precision_plugin.val_step_context():
+                    self.strategy.begin_batch(self.model, batch.task_ids)
+                    logits = wide(self.model(batch.x))
+                competing = only(logits, seen) if self.heads == "seen" else logits
+                right["class"] += (competing.argmax(-1) == batch.labels).sum()
+                right["task"] += (only(logits, self.classes_of[task]).argmax(-1) == batch.labels).sum()
+                right["total"] += len(batch.labels)
+        return right
 
     def summaries(self) -> dict[str, float]:
         """continual/<name> of the scenario's matrix; task_il/<name> beside it where that is another one."""
