@@ -1,8 +1,12 @@
 """What the tests of the continual layers share: float64, and small images with tasks."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from trainkit.norm_layer.task_ids import announce
 
@@ -41,3 +45,20 @@ def step(layer: nn.Module, x: Tensor, gy: Tensor, ids: list[int] | Tensor | None
 
 def equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+RANKS = 2
+
+
+def on_ranks(outcome: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What outcome(rank), a function of a module, returns in each of RANKS gloo processes, in float64."""
+    multiprocessing.spawn(_on_rank, (outcome, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _on_rank(rank: int, outcome: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    torch.save(outcome(rank), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()

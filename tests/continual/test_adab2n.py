@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.continual.adab2n import AdaB2NStrategy
@@ -13,7 +13,7 @@ from trainkit.norm_layer.batch import batch
 from trainkit.norm_layer.stateful import advance
 from trainkit.norm_layer.task_ids import announce
 
-from .layers import TASKS, WIDTH, equal, float64, images, perturbed, step  # noqa: F401
+from .layers import RANKS, TASKS, WIDTH, equal, float64, images, on_ranks, perturbed, step  # noqa: F401
 
 IDS = [0, 0, 1, 2, 0, 2, 0]
 EPS = 1e-5
@@ -352,15 +352,7 @@ def test_a_teacher_can_be_copied_at_any_time():
     assert strategy.penalty(model) > 0
 
 
-RANKS, SHARES = 2, [3, 4]
-
-
-def on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    torch.save(outcome(rank), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+SHARES = [3, 4]
 
 
 def outcome(rank: int | None) -> dict:
@@ -386,8 +378,7 @@ def outcome(rank: int | None) -> dict:
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=RANKS)
-    parts, whole = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)], outcome(None)
+    parts, whole = on_ranks(outcome, tmp_path), outcome(None)
     tolerance = {"rtol": 1e-9, "atol": 1e-12}
     for expected, *found in zip(whole["rows"], *(part["rows"] for part in parts), strict=True):
         assert torch.allclose(torch.cat(found), expected, **tolerance)

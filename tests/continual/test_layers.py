@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from trainkit.norm_layer.batch_renorm import BatchRenorm
 from trainkit.norm_layer.continual_norm import ContinualNorm
 from trainkit.norm_layer.ghost_batch import GhostBatchNorm
 from trainkit.norm_layer.stateful import advance
 
-from .layers import WIDTH, equal, float64, images, perturbed, step  # noqa: F401
+from .layers import WIDTH, equal, float64, images, on_ranks, perturbed, step  # noqa: F401
 
 EPS = 1e-5
 
@@ -182,15 +182,7 @@ def test_renorm_in_half_precision(dtype):
     assert torch.allclose(layer.running_std.double(), reference.running_std, rtol=1e-5)
 
 
-RANKS, SHARES = 2, [1, 3]
-
-
-def on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    torch.save(outcome(rank), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+SHARES = [1, 3]
 
 
 def outcome(rank: int | None) -> dict:
@@ -211,8 +203,7 @@ def outcome(rank: int | None) -> dict:
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=RANKS)
-    parts, whole = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)], outcome(None)
+    parts, whole = on_ranks(outcome, tmp_path), outcome(None)
     for expected, *found in zip(whole["rows"], *(part["rows"] for part in parts), strict=True):
         assert equal(torch.cat(found), expected)
     for expected, *found in zip(whole["gradients"], *(part["gradients"] for part in parts), strict=True):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.continual.task_bn import TaskBatchNormStrategy
@@ -14,7 +14,7 @@ from trainkit.norm_layer.task_batch import TaskBatchNorm
 from trainkit.norm_layer.task_ids import announce
 from trainkit.optimizer.partition import roles
 
-from .layers import TASKS, WIDTH, equal, float64, images, perturbed, step  # noqa: F401
+from .layers import TASKS, WIDTH, equal, float64, images, on_ranks, perturbed, step  # noqa: F401
 
 IDS = [0, 2, 0, 1, 2, 0, 2]
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -186,15 +186,7 @@ def test_what_makes_no_sense():
         strategy.begin_task(nn.Sequential(built()), 3)
 
 
-RANKS, SHARES = 2, [3, 4]
-
-
-def on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    torch.save(outcome(rank), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+SHARES = [3, 4]
 
 
 def outcome(rank: int | None) -> dict:
@@ -209,8 +201,7 @@ def outcome(rank: int | None) -> dict:
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=RANKS)
-    parts, whole = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)], outcome(None)
+    parts, whole = on_ranks(outcome, tmp_path), outcome(None)
     for expected, *found in zip(whole["rows"], *(part["rows"] for part in parts), strict=True):
         assert equal(torch.cat(found), expected)
     for expected, *found in zip(whole["gradients"], *(part["gradients"] for part in parts), strict=True):
