@@ -84,7 +84,7 @@ class LAMB(MultiTensorOptimizer):
         (beta1, beta2), age = group["betas"], part.step if group["bias_correction"] else math.inf
         now: dict[str, float | Tensor] = {**numbers(group["betas"], age, lr=1.0)}
         if norm is not None and group["max_grad_norm"] is not None:
-            now["clip"] = (norm / group["max_grad_norm"]).clamp(min=1.0).to(w[0].device)
+            now["clip"] = (group["max_grad_norm"] / norm).clamp(max=1.0).to(w[0].device)
         fixed = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], **fast}
         if not group["grad_averaging"]:
             fixed["gain"] = 1 / (1 - beta1)
@@ -116,7 +116,7 @@ def direct(
 ) -> list[tuple[Tensor, Tensor]]:
     """u <- -m̂ / (√v̂ + ε) - λ W; returns ‖W‖ and ‖u‖."""
     torch._foreach_copy_(u, w)
-    advance(u, g if clip is None else torch._foreach_div(g, clip), *moments, scale=-decay, **numbers)
+    advance(u, g if clip is None else torch._foreach_mul(g, clip), *moments, scale=-decay, **numbers)
     return list(zip(lengths(w), lengths(u), strict=True))
 
 

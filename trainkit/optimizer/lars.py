@@ -86,6 +86,15 @@ def lars(
     if b is None:
         add_gradient(w, w, g, ratio, decay, -lr)
         return
+    plain = all(t.is_cpu and t.is_contiguous() and t.dtype == torch.float32 for t in (*w, *g, *b))
+    if plain and not nesterov and not torch.compiler.is_compiling():
+        # torch's fused SGD has b <- μ b + (1 - dampening) (g + λ W); on a processor the ratio is at hand, and in double
+        # precision 1 - (1 - ratio) is as good as the ratio's float32.
+        decay, ratios = (0.0, [1.0] * len(w)) if ratio is None else (decay, [float(r) for r in ratio])
+        options = {"weight_decay": decay, "momentum": momentum, "lr": lr, "nesterov": False, "maximize": False}
+        for r, *tensors in zip(ratios, w, g, b, strict=True):
+            torch._fused_sgd_(*([t] for t in tensors), dampening=1 - gain * r, is_first_step=False, **options)
+        return
     torch._foreach_mul_(b, momentum)
     add_gradient(b, w, g, ratio, decay, gain)
     if nesterov:

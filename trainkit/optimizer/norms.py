@@ -19,6 +19,8 @@ def lengths(tensors: Tensors) -> Sequence[Tensor]:
     """‖t‖ of each tensor, in a rule."""
     if torch.compiler.is_compiling():  # which does not fuse _foreach_norm
         return [torch.linalg.vector_norm(t) for t in tensors]
+    if tensors[0].is_cpu and all(t.is_contiguous() for t in tensors):
+        return [torch.dot(t.view(-1), t.view(-1)).sqrt() for t in tensors]  # faster than norm, and of blocks as exact
     return torch._foreach_norm(tensors)
 
 
