@@ -18,8 +18,10 @@ from tests.schedule.earlier import earlier_run
 from trainkit.launch import preflight as door
 from trainkit.launch.annotation import fits
 from trainkit.launch.compose import CONF, compose, overlay, user_cache
+from trainkit.launch.composition import options_with
 from trainkit.launch.preflight import UserError, allowed, check, check_config, preflight
 from trainkit.launch.signature import signature
+from trainkit.launch.sources import Folders, default_groups
 from trainkit.launch.targets import HOSTS, shipped
 
 MISTAKES = yaml.safe_load((Path(__file__).parent / "mistakes.yaml").read_text())
@@ -160,10 +162,14 @@ def test_every_option_composes_and_passes(tmp_path):
     needs |= {"data=images": ["model=vit", "data.name=x"], "task=classify": ["model=vit"]}
     run = earlier_run(tmp_path / "run", [1.0] * 9, [1.0] * 9)
     needs |= {"schedule=refined": [f"schedule.from_run={run}"], "learner=normalized_gd": ["model=vit"]}
-    for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
-        for file in sorted(folder.glob("*.yaml")):
-            word = f"{folder.name}={file.stem}"
-            check([word, *needs.get(word, [])])
+    folders = Folders()
+    words = [f"{group}={option}" for group in default_groups() if group for option in folders.options(group)]
+    assert "experiment=continual/nap" in words
+    stream = ["model=cnn", "data=split_digits"]
+    needs["task=continual"] = stream
+    needs |= {f"data={option}": stream[:1] for option in options_with("data.kind", "data", folders)}
+    for word in words:
+        check([word, *needs.get(word, stream if word.startswith(("continual=", "learner=")) else [])])
 
 
 def test_files_of_the_users_own_extend_the_menu(tmp_path):

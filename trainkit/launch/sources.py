@@ -14,6 +14,7 @@ from trainkit.launch.explain import display
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RUN = CONF.parent / "run.py"
+FILED = ("experiment",)  # whose options lie in folders: experiment=continual/nap
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Folders:
 
     @cached_property
     def groups(self) -> list[str]:
-        """Every folder with options in it, as `norm` or `outer/inner`."""
+        """Every folder with options in it, as `norm` or `outer/inner`; what is filed in folders is one group."""
         files = (file.relative_to(root).parent for root in self.roots for file in sorted(root.rglob("*.yaml")))
-        return list(dict.fromkeys(folder.as_posix() for folder in files if folder.parts))
+        folders = (folder.parts[: 1 if folder.parts[:1] and folder.parts[0] in FILED else None] for folder in files)
+        return list(dict.fromkeys("/".join(parts) for parts in folders if parts))
 
     def options(self, group: str) -> list[str]:
         """The files that may be chosen from `group`."""
-        return sorted({file.stem for root in self.roots for file in (root / group).glob("*.yaml")})
+        pattern = "**/*.yaml" if group in FILED else "*.yaml"
+        found = ((root / group, file) for root in self.roots for file in (root / group).glob(pattern))
+        return sorted({file.relative_to(folder).with_suffix("").as_posix() for folder, file in found})
 
     def file(self, group: str, option: str) -> Path | None:
         files = (root / group / f"{option}.yaml" for root in self.roots)
