@@ -59,6 +59,7 @@ def test_a_run_leaves_its_matrix_its_picture_and_its_numbers(tmp_path):
         ["learner=derpp", "continual=adab2n"],
         pytest.param(["learner=ewc", "continual=none"], marks=pytest.mark.slow),
         pytest.param(["learner=rehearsal_free", "continual=nap"], marks=pytest.mark.slow),
+        pytest.param(["learner=derpp", "continual=adab2n", "trainer.devices=2"], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_matrix(tmp_path, more):
