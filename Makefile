@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run setup format check test test-full bench clean
+.PHONY: run setup format check test test-full bench claims clean
 
 run: $(VENV)/.installed
 	$(BIN)/python run.py model=gpt norm=peri
@@ -43,6 +43,10 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) -e ".[test]"
 	@touch $(VENV)/.installed $@
+
+# What was measured before is not run again; an interrupted claim goes on.
+claims: $(VENV)/.installed
+	$(BIN)/python -m trainkit.report claims
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
 from trainkit.launch.console import log
+from trainkit.measure.modes import evaluating
+from trainkit.measure.origin import first_non_finite_output, non_finite
 from trainkit.task.base import SkipStep, Task, by_rank
 
 LEAST = 10  # losses that a score needs
@@ -24,11 +30,12 @@ class NonFiniteLoss(RuntimeError):
 class Guard(Callback):
     """Looks for a loss or a gradient that is no number, and logs train/loss_spike.
 
-    on_non_finite="stop" raises NonFiniteLoss, "warn" says it once and goes on, both with the step, the loss and the
-    first layer, in the model's order, that has a non-finite gradient. "skip" does not take such a step: its gradients
-    are dropped, weights and optimizer stay as they are, the model's buffers (copied before every step) become what they
-    were, as running statistics would never get rid of a NaN; the schedule and the data go on. train/skipped_steps
-    counts them, and `max_skips` of them in a row raise NonFiniteLoss.
+    on_non_finite="stop" raises NonFiniteLoss, "warn" says it once and goes on, both with the step, the loss, the first
+    module whose output is not finite on that very batch, and the first layer, in the model's order, that has a
+    non-finite gradient. "skip" does not take such a step: its gradients are dropped, weights and optimizer stay as they
+    are, the model's buffers (copied before every step) become what they were, as running statistics would never get rid
+    of a NaN; the schedule and the data go on. train/skipped_steps counts them, and `max_skips` of them in a row raise
+    NonFiniteLoss.
 
     On the CPU every step is checked before it reaches the weights, its gradients too. Elsewhere that would wait for the
     device at every step: there the losses are only kept, and looked at before a validation, before a checkpoint, and
@@ -36,6 +43,10 @@ class Guard(Callback):
     layer is that of the step in which it was noticed. A checkpoint is never made of weights that a bad loss reached.
     "skip" cannot look later, so it does wait, once per step, and all ranks skip what one of them must. Under
     trainer.precision=16-mixed infinite gradients are the loss scale's business, which skips the step itself.
+
+    For the output that is not finite the batch goes through the model once more, before the step: on the CPU, and under
+    "skip", the last of the step's micro-batches alone where that is not on the CPU. What only happened with the dropout
+    drawn then may not be found; several ranks look in eval mode, as one alone must not wait for the others' statistics.
 
     train/loss_spike = (l - mean) / std, with l the loss of the step and mean and std (of a sample, with n - 1) those of
     the finite losses among the `window` steps before it: causal, 0 where they were all equal, from the 10th on; under
@@ -54,10 +65,13 @@ class Guard(Callback):
         self.losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)
         self.warned = False
         self.skipped = self.in_a_row = 0
+        self.batch: Any = None  # the micro-batch that the next loss is made of
+        self.origin: str | None = None  # where the first value of the step that is no number came from
         self.before: Tensor | None = None  # the losses of the last `window` steps, in a ring; NaN where there was none
         self._saved: list[Tensor | None] = []  # a resumed run's rings, by rank: each rank has losses of its own
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        self.parameters = list(pl_module.model.parameters())  # asking for them takes as long as looking at them
         # Taken by the task, after a stream has told the model of a new task: that is not undone with the step.
         pl_module.keep_buffers = self.on_non_finite == "skip"
         if len(self._saved) == trainer.world_size:
@@ -68,7 +82,9 @@ class Guard(Callback):
         self.before = self.before.to(pl_module.device)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Task, loss: Tensor) -> None:  # type: ignore[override]
-        self.losses.append((trainer.global_step + 1, loss.detach()))
+        self.losses.append((pl_module.step, loss.detach()))
+        if loss.is_cpu and self.origin is None and not self.warned and not math.isfinite(loss.item()):
+            self.origin = origin(trainer, pl_module, self.batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Task, optimizer: Any) -> None:  # type: ignore[override]
         if self.on_non_finite == "skip":
@@ -77,6 +93,9 @@ class Guard(Callback):
             self._look(pl_module, with_gradients=trainer.scaler is None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.batch = batch
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.origin = None
         if pl_module.due:  # still that of the step before, whose train/loss is on the host by now
             if math.isfinite(pl_module.metrics.get("train/loss", 0.0)):
                 self.losses.clear()
@@ -114,7 +133,7 @@ class Guard(Callback):
         self.losses.clear()
         finite = torch.stack(kept).isfinite().all() if kept else torch.ones((), dtype=torch.bool, device=task.device)
         if trainer.scaler is None:
-            finite = finite & finite_gradients(task)
+            finite = finite & finite_gradients(self.parameters)
         bad = (~finite).to(torch.float32)
         if trainer.world_size > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -123,6 +142,8 @@ class Guard(Callback):
             return
         for buffer, value in zip(task.model.buffers(), task.buffers_before, strict=True):
             buffer.copy_(value)
+        if self.origin is None and kept and not bool(kept[-1].isfinite()):
+            self.origin = origin(trainer, task, self.batch)
         layer = first_non_finite(task)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         value = float(torch.stack(kept).sum()) if kept else math.nan
@@ -130,11 +151,11 @@ class Guard(Callback):
         if self.in_a_row >= self.max_skips:
             raise NonFiniteLoss(
                 f"{self.in_a_row} steps in a row were skipped, the last one {step}, where the loss is {value:g}; "
-                f"{_where(task, layer, noticed=step)}. Try a lower optimizer.lr or gradient=clip, or allow more: "
+                f"{self._where(task, layer, noticed=step)}. Try a lower optimizer.lr or gradient=clip, or allow more: "
                 "callbacks.guard.max_skips"
             )
         if self.in_a_row == 1 and trainer.is_global_zero:
-            log.warning("step %d is skipped: the loss is %g; %s", step, value, _where(task, layer, noticed=step))
+            log.warning("step %d is skipped: the loss is %g; %s", step, value, self._where(task, layer, noticed=step))
         if trainer.scaler is None:
             raise SkipStep
 
@@ -146,11 +167,13 @@ class Guard(Callback):
         values = torch.stack([loss for _, loss in kept]).tolist()
         bad = [(step, value) for (step, _), value in zip(kept, values, strict=True) if not math.isfinite(value)]
         step, value = bad[0] if bad else (kept[-1][0], values[-1])
-        layer = first_non_finite(task) if bad or (with_gradients and not bool(finite_gradients(task))) else None
+        layer = (
+            first_non_finite(task) if bad or (with_gradients and not bool(finite_gradients(self.parameters))) else None
+        )
         if not bad and layer is None:
             return
         message = (
-            f"the loss is {value:g} at step {step}; {_where(task, layer, noticed=kept[-1][0])}. Try a lower "
+            f"the loss is {value:g} at step {step}; {self._where(task, layer, noticed=kept[-1][0])}. Try a lower "
             "optimizer.lr, a longer schedule.warmup or gradient=clip; callbacks.guard.on_non_finite=skip leaves such "
             "steps out, warn takes them"
         )
@@ -158,6 +181,14 @@ class Guard(Callback):
             raise NonFiniteLoss(message)
         log.warning("%s", message)
         self.warned = True
+
+    def _where(self, task: Task, layer: str | None, noticed: int) -> str:
+        first = "" if self.origin is None else f"first non-finite value: {self.origin}; "
+        if layer is not None:
+            return f"{first}the first layer with a non-finite gradient at step {noticed} is {layer}"
+        if all(p.grad is None for p in task.model.parameters()):
+            return f"{first}no gradient is there to say which layer it came from"
+        return f"{first}no gradient is non-finite at step {noticed}"
 
 
 def spike(loss: Tensor, before: Tensor) -> Tensor:
@@ -169,6 +200,22 @@ def spike(loss: Tensor, before: Tensor) -> Tensor:
     return torch.where(std > 0, (loss - mean) / std, 0.0)
 
 
+def origin(trainer: Trainer, task: Task, batch: Any) -> str | None:
+    """Where the first value came from that is not finite: the batch, a parameter, or the output of a module, or None.
+
+    The batch is taken through the model once more, with the weights that there are; nothing but time is spent.
+    """
+    if non_finite(batch):
+        return "in the batch"
+    for name, parameter in task.model.named_parameters():
+        if non_finite(parameter):
+            return f"parameter {name}"
+    looking = evaluating(task) if trainer.world_size > 1 else nullcontext()
+    with isolate_rng(), looking, trainer.precision_plugin.forward_context():
+        name = first_non_finite_output(task.model, lambda: task.loss(task.model, batch))
+    return None if name is None else f"output of {name}"
+
+
 def first_non_finite(task: Task) -> str | None:
     """The name of the first of the model's parameters whose gradient is not finite, or None."""
     for name, parameter in task.model.named_parameters():
@@ -177,17 +224,17 @@ def first_non_finite(task: Task) -> str | None:
     return None
 
 
-def finite_gradients(task: Task) -> Tensor:
-    """Whether all gradients are finite, on their device: by their largest entries, as squares could overflow."""
-    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+def finite_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Whether all gradients are finite, on their device: by their largest entries, as squares could overflow.
+
+    On a CPU, where that takes eight times as long as a sum of squares, only once one of those is not finite.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        return torch.ones((), dtype=torch.bool, device=task.device)
+        return torch.ones((), dtype=torch.bool, device=parameters[0].device)
+    if gradients[0].is_cpu:
+        wide = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+        likely = torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all()
+        if bool(likely):
+            return likely
     return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
-
-
-def _where(task: Task, layer: str | None, noticed: int) -> str:
-    if layer is not None:
-        return f"the first layer with a non-finite gradient at step {noticed} is {layer}"
-    if all(p.grad is None for p in task.model.parameters()):
-        return "no gradient is there to say which layer it came from"
-    return f"no gradient is non-finite at step {noticed}"

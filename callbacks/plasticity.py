@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from callbacks.probing import probe, publish
 from trainkit.measure.modes import evaluating
 from trainkit.measure.plasticity import (
     LAYERS,
@@ -113,7 +113,7 @@ class Plasticity(Callback):
             self._statistics = now
         self._before = {}
         if found:
-            self._publish(trainer, pl_module, with_means(found))
+            publish(trainer, pl_module, with_means(found))
 
     def _due(self, step: int, task: Task) -> bool:
         return step % self.every == 0 or step in self._ends or step == task.total_steps
@@ -175,13 +175,6 @@ class Plasticity(Callback):
             }
         return found
 
-    def _publish(self, trainer: Trainer, task: Task, found: dict[str, Tensor]) -> None:
-        """One transfer from the device, averaged over the ranks."""
-        stacked = torch.stack([value.detach().to(task.device, torch.float32) for value in found.values()])
-        if trainer.world_size > 1:
-            stacked = trainer.strategy.reduce(stacked, reduce_op="mean")
-        task.publish(dict(zip(found, stacked.tolist(), strict=True)))
-
 
 class Reading:
     """A context in which a model's layers note what they read; `first`: the next layer reads the network's input."""
@@ -215,17 +208,6 @@ class Reading:
         self.units[name] = self.units[name] + units if name in self.units else units
         most = max(SVD_ROWS, 2 * h.shape[axis])
         self.rows.setdefault(name, []).append(rows(h, axis, -(-most // self.batches)))
-
-
-def probe(loader: Any, samples: int) -> list[Any]:
-    """Batches with about so many samples, spread evenly over those that the loader has."""
-    size = next((len(batch if isinstance(batch, Tensor) else batch[0]) for batch in loader), 0)
-    if not size:
-        raise ValueError("callbacks=plasticity looks at validation samples, and there are none. Check the data")
-    count = len(loader)
-    wanted = min(count, -(-samples // size))
-    chosen = {(2 * k + 1) * count // (2 * wanted) for k in range(wanted)}
-    return list(compress(loader, (number in chosen for number in range(count))))
 
 
 def with_means(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Sweeps of real runs through the user's door. What needs no training is in tests/launch/test_sweep.py."""
 
 import json
+import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,3 +122,25 @@ def test_evaluations_of_several_runs_stand_side_by_side(words, tmp_path):  # noq
     for before, after in zip(trained, json.loads(evaluated.read_text())["jobs"], strict=True):
         assert after["metrics"]["test/loss"] == pytest.approx(before["metrics"]["test/loss"], rel=1e-6)
         assert not (Path(before["dir"]) / "eval").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_over_learning_rates_and_a_search_through_the_door(words, tmp_path):  # noqa: F811
+    # Without clipping and with steps of any size the loss at the largest rate is no number soon.
+    wild = ["optimizer=sgd", "gradient=none", "trainer.max_steps=4", "schedule=constant", "~callbacks.figures"]
+    done = door("-m", "hparams_search=lr_sensitivity", "hparams_search.lr=[0.5,1e20]", *words, *wild)
+    assert done.returncode == 0, done.stderr
+    assert [job["status"] for job in jobs(tmp_path)] == ["finished", "diverged"]
+    (sweep,) = (tmp_path / "logs").rglob("lr_sensitivity.md")
+    loss = jobs(tmp_path)[0]["metrics"]["val/loss"]
+    assert f"| all jobs | 0.5 | {loss:.4f} |  | 1 of 2 | 0 | {(math.log(256) - loss) / 2:.4f} |" in sweep.read_text()
+    assert f"| all jobs | {loss:.4f} | 5.5452 ×1 |" in sweep.read_text()
+
+    space = "hparams_search.space={norm:[pre,peri]}"
+    search = ["mode=search", "hparams_search=optuna", "hparams_search.trials=2", space, "name=search"]
+    done = door(*search, *words, "trainer.max_steps=2", "callbacks=none", "sweep.jobs=2")
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "logs" / "search").rglob("sweep.json")
+    metrics = [job["metrics"]["val/loss"] for job in json.loads(found.read_text())["jobs"]]
+    best = json.loads(found.read_text())["jobs"][metrics.index(min(metrics))]["overrides"]
+    assert f"python run.py {shlex.join(best)}" in done.stdout

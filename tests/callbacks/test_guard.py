@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from callbacks.checkpoint import LastAndBest
 from callbacks.guard import Guard, NonFiniteLoss
@@ -43,6 +44,57 @@ def test_a_bad_loss_without_a_bad_gradient_says_so(tmp_path):
 
     with pytest.raises(NonFiniteLoss, match="the loss is inf at step 3; no gradient is non-finite at step 3"):
         fit(tmp_path, [Guard()], task=Harmless())
+
+
+class Spoils(nn.Module):
+    """Hands on NaN in the training pass of step 5."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.task = [task]  # in a list, so that it is no submodule
+
+    def forward(self, x):
+        return x * math.nan if self.task[0].step == 5 and self.training else x
+
+
+def spoiled():
+    task = Toy()
+    task.model.blocks[1].mlp.f.append(Spoils(task))
+    return task
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_first_output_that_is_no_number_is_named(tmp_path, accumulate):
+    with pytest.raises(
+        NonFiniteLoss,
+        match=r"nan at step 5; first non-finite value: output of blocks\.1\.mlp\.f\.2; the first layer with",
+    ):
+        fit(tmp_path, [Guard()], task=spoiled(), accumulate_grad_batches=accumulate)
+
+
+def test_it_is_named_where_the_step_is_skipped_and_not_at_a_later_one(tmp_path, said):
+    task = spoiled()
+    fit(tmp_path, [Guard(on_non_finite="skip")], task=task)
+    (line,) = said
+    assert line.startswith("step 5 is skipped: the loss is nan; first non-finite value: output of blocks.1.mlp.f.2; ")
+    assert all(p.isfinite().all() for p in task.parameters())
+    assert not any(module._forward_hooks for module in task.modules())
+
+
+def test_a_batch_or_a_weight_that_is_no_number_is_named_as_such(tmp_path):
+    class Torn(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            if self.step == 3:
+                batch[0, 0] = math.inf
+
+    with pytest.raises(NonFiniteLoss, match="first non-finite value: in the batch; "):
+        fit(tmp_path, [Guard()], task=Torn())
+    task = Toy()
+    with torch.no_grad():
+        task.model.head.weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteLoss, match=r"at step 1; first non-finite value: parameter head\.weight; "):
+        fit(tmp_path, [Guard()], task=task)
 
 
 def test_large_but_finite_gradients_are_let_through(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from callbacks.plasticity import Plasticity, evaluating, probe
+from callbacks.plasticity import Plasticity, evaluating
+from callbacks.probing import probe
 from tests.callbacks.toy import WIDTH, Batches, Network, Toy, ToyData, fit, rows
 from trainkit.measure import plasticity as measure
 from trainkit.norm_layer.batch import BatchNorm

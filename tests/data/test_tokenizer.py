@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.data.tokenizer import END, Bytes, codec_fingerprint, load_codec, make_codec
+from trainkit.data.tokenizer import (
+    END,
+    FILE,
+    Bytes,
+    Subwords,
+    byte_tokenizer,
+    codec_fingerprint,
+    load_codec,
+    make_codec,
+)
 
 SAMPLE = [
     b"the cat sat on the mat; a quick brown fox jumps over lazy dogs every evening.\n" * 30,
@@ -105,3 +114,23 @@ def test_the_fingerprint_tells_tokenizers_apart(word_level, tmp_path):
     ]
     assert len({str(one) for one in seen}) == len(seen)
     assert codec_fingerprint(kind="byte", vocab=2, file=None) == seen[0]  # a size that byte does not read
+
+
+def test_the_byte_tokenizer_of_an_export_is_the_same_code(tmp_path):
+    byte_tokenizer().save(str(tmp_path / FILE))
+    theirs, ours = Subwords(tmp_path / FILE), Bytes()
+    text = "naïve – 語\n\tx = 1\r\x00\x7f" + "".join(map(chr, range(1, 256)))
+    assert theirs.vocab == ours.vocab
+    assert theirs.encode(text) == ours.encode(text)
+    assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_what_a_tokenizer_does_not_know_is_told(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])).save(str(tmp_path / FILE))
+    assert Subwords(tmp_path / FILE).unknown("abba c é c") == ["c", "é"]  # which it would leave out
+    replacing = models.BPE(vocab={"a": 0, "?": 1}, merges=[], unk_token="?")
+    Tokenizer(replacing).save(str(tmp_path / FILE))
+    assert Subwords(tmp_path / FILE).unknown("a語a") == ["語"]
+    assert Subwords(tmp_path / FILE).unknown("aa") == Bytes().unknown("語") == []

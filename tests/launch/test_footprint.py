@@ -1,5 +1,7 @@
 """Parameters and optimizer state are measured, not guessed."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -18,7 +20,10 @@ def test_adamw_keeps_two_numbers_per_parameter_and_a_step_count_per_tensor():
     model = nn.Linear(10, 5)
     model.bias.requires_grad_(False)
     optimizer = stepped(torch.optim.AdamW([model.weight]))
-    assert footprint(model, [optimizer]) == {"parameters": 50, "optimizer_state_bytes": 50 * 8 + 4}
+    task = SimpleNamespace(model=model, flops_per_token=None, tokens_per_step=None)
+    assert footprint(task, [optimizer], 3) == {"parameters": 50, "optimizer_state_bytes": 50 * 8 + 4}
+    task.flops_per_token, task.tokens_per_step = 300, 64
+    assert footprint(task, [optimizer], 3)["training_flops"] == 300 * 64 * 3
 
 
 def test_plain_sgd_keeps_nothing():

@@ -33,7 +33,7 @@ def test_every_option_has_a_line_and_the_default_a_mark():
 
 
 def test_every_top_level_key_has_its_comment():
-    assert re.search(r"^    mode +train \| eval \| convert$", TEXT, re.MULTILINE)
+    assert re.search(r"^    mode +train \| eval \| sample \| convert \| export", TEXT, re.MULTILINE)
     for key in ("name", "seed", "resume", "init_from", "plugins"):
         assert re.search(rf"^    {key}( |$)", TEXT, re.MULTILINE)
 

@@ -168,3 +168,13 @@ def test_the_drift_of_running_statistics():
     assert list(before) == ["1"]
     assert plasticity.drift({}, before) == {}
     assert torch.equal(before["1"][0], torch.zeros(3, dtype=torch.float64))  # a copy
+
+
+def test_the_nuclear_norm_lies_between_one_direction_and_none():
+    torch.manual_seed(0)
+    one = torch.randn(50, 1, dtype=torch.float64) @ torch.randn(1, 4, dtype=torch.float64)
+    scale = one.square().sum(1).mean().sqrt()
+    assert float(plasticity.nuclear_norm(one)) == pytest.approx(float(scale))
+    even = torch.eye(4, dtype=torch.float64).repeat(10, 1)  # rank 4, all directions alike, rows of length 1
+    assert float(plasticity.nuclear_norm(even)) == pytest.approx(2.0)
+    assert float(plasticity.nuclear_norm(even.repeat(3, 1))) == pytest.approx(2.0)

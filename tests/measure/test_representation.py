@@ -48,6 +48,36 @@ def test_angles_at_their_ends():
     assert r.angular_distance(broken).isnan().tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("tokens", ["all", "last"])
+def test_all_pairs_at_once_are_the_pairs_one_by_one(tokens):
+    h = hidden(2)
+    h[3, 0, 0] = 0  # without a direction
+    found = r.angular_distances(h, tokens=tokens)
+    for n in range(1, LAYERS):
+        assert found.diagonal(n).tolist() == pytest.approx(r.angular_distance(h, n, tokens=tokens).tolist(), abs=1e-8)
+    assert torch.equal(found, found.mT)
+    assert not found.diagonal().any()
+
+
+def test_all_pairs_in_single_precision_tell_small_turns():
+    h = torch.ones(2, 1, 1, 4)
+    h[1, ..., 0] += 1e-3  # an angle of about 4.3e-4, of which float32's arccos knows one digit
+    assert float(r.angular_distances(h)[0, 1]) == pytest.approx(float(r.angular_distance(h.double())[0]), rel=1e-3)
+    with pytest.raises(ValueError, match="all or last"):
+        r.angular_distances(h, tokens="first")
+    with pytest.raises(ValueError, match=r"\(L, B, T, C\)"):
+        r.angular_distances(h[0])
+
+
+def test_the_share_of_sinks():
+    assert float(r.sink_share(torch.ones(200))) == pytest.approx(0.01)
+    means = torch.ones(200)
+    means[7], means[8] = 150.0, 50.0
+    assert float(r.sink_share(means)) == pytest.approx(200 / 398)
+    assert float(r.sink_share(torch.tensor([1.0, 3.0]))) == pytest.approx(0.75)  # at least one channel
+    assert float(r.sink_share(torch.zeros(4))) == 0
+
+
 def test_sizes():
     h = hidden(1)
     h[2, 1, 1, 1] = 1e6

@@ -28,7 +28,7 @@ LEARN_FROM = 1 << 26  # bytes of training text that a BPE vocabulary is learnt f
 
 
 class Codec(Protocol):
-    """vocab: how many tokens there are; separator: the tokens that end a document."""
+    """vocab: how many tokens there are; separator: the tokens that end a document; unknown: what it has none for."""
 
     vocab: int
     separator: list[int]
@@ -36,6 +36,7 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def encode_many(self, texts: list[bytes]) -> list[np.ndarray]: ...
+    def unknown(self, text: str) -> list[str]: ...
 
 
 class Bytes:
@@ -52,6 +53,9 @@ class Bytes:
 
     def encode_many(self, texts: list[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def unknown(self, text: str) -> list[str]:
+        return []
 
 
 class Subwords:
@@ -85,6 +89,16 @@ class Subwords:
     def encode_many(self, texts: list[bytes]) -> list[np.ndarray]:
         encoded = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in encoded]
+
+    def unknown(self, text: str) -> list[str]:
+        """The parts of a text that would be replaced by the token for unknown ones, or left out."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        spare = getattr(self.tokenizer.model, "unk_token", None)
+        spans = list(zip(encoding.tokens, encoding.offsets, strict=True))
+        replaced = [text[start:end] for token, (start, end) in spans if token == spare]
+        covered = {at for start, end in encoding.offsets for at in range(start, end)}
+        dropped = [letter for at, letter in enumerate(text) if at not in covered and not letter.isspace()]
+        return list(dict.fromkeys(replaced + dropped))
 
 
 def codec_fingerprint(kind: str, *, vocab: int, file: str | None) -> list:
@@ -120,6 +134,20 @@ def make_codec(folder: Path, texts: Iterable[bytes], *, kind: str, vocab: int, f
 def load_codec(folder: Path) -> Codec:
     """The codec of a prepared corpus."""
     return Subwords(folder / FILE) if (folder / FILE).exists() else Bytes()
+
+
+def byte_tokenizer() -> Tokenizer:
+    """What `Bytes` does, as a tokenizer.json of Hugging Face's library: token = byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Bytes that are no visible character of Latin-1 stand for those from U+0100 on, in their order (as in GPT-2).
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    vocab = {chr(byte if byte in visible else 0x100 + others.index(byte)): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return tokenizer
 
 
 def _head(texts: Iterable[bytes]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def run(overrides: list[str]) -> Result:
 
 
 def load(directory: str | Path, *, checkpoint: str = "last", plugins: Sequence[str] = ()) -> nn.Module:
-    """The trained model of a run's directory, or of one that mode=convert wrote, in eval mode.
+    """The trained model of a run's directory, or of one that mode=convert or mode=export wrote, in eval mode.
 
     checkpoint: last or best. plugins: packages outside trainkit that its configuration may call. Raises
     trainkit.launch.explain.UserError where there is no such run, or its configuration calls anything else.

@@ -12,6 +12,20 @@ from torch import Tensor
 from trainkit.launch.explain import UserError, shown
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+# Their names within a block, and ours.
+GPT2_NORMS = (("ln_1", "attn"), ("ln_2", "mlp"))
+GPT2_LINEARS = (
+    ("attn.c_attn", "attn.f.qkv"),
+    ("attn.c_proj", "attn.f.out"),
+    ("mlp.c_fc", "mlp.f.inp"),
+    ("mlp.c_proj", "mlp.f.out"),
+)
+LLAMA_LINEARS = (
+    ("self_attn", "qkv", "attn.f.qkv"),
+    ("self_attn", "o", "attn.f.out"),
+    ("mlp", ("gate", "up"), "mlp.f.inp"),
+    ("mlp", ("down",), "mlp.f.out"),
+)
 
 
 class Source(Protocol):
@@ -54,15 +68,10 @@ def gpt2_state(given: Source, config: dict[str, Any]) -> Iterator[tuple[str, Ten
     yield "position.weight", given.take("wpe.weight")
     for layer in range(config.get("n_layer", 12)):
         theirs, ours = f"h.{layer}", f"blocks.{layer}"
-        for norm, sublayer in (("ln_1", "attn"), ("ln_2", "mlp")):
+        for norm, sublayer in GPT2_NORMS:
             yield f"{ours}.{sublayer}.pre.gain", given.take(f"{theirs}.{norm}.weight")
             yield f"{ours}.{sublayer}.pre.bias", given.take(f"{theirs}.{norm}.bias")
-        for linear, place in (
-            ("attn.c_attn", "attn.f.qkv"),
-            ("attn.c_proj", "attn.f.out"),
-            ("mlp.c_fc", "mlp.f.inp"),
-            ("mlp.c_proj", "mlp.f.out"),
-        ):
+        for linear, place in GPT2_LINEARS:
             yield f"{ours}.{place}.weight", given.take(f"{theirs}.{linear}.weight").T
             yield f"{ours}.{place}.bias", given.take(f"{theirs}.{linear}.bias")
     yield "after.gain", given.take("ln_f.weight")
@@ -103,12 +112,7 @@ def llama_state(given: Source, config: dict[str, Any]) -> Iterator[tuple[str, Te
         theirs, ours = f"layers.{layer}", f"blocks.{layer}"
         yield f"{ours}.attn.pre.gain", given.take(f"{theirs}.input_layernorm.weight")
         yield f"{ours}.mlp.pre.gain", given.take(f"{theirs}.post_attention_layernorm.weight")
-        for block, parts, place in (
-            ("self_attn", "qkv", "attn.f.qkv"),
-            ("self_attn", "o", "attn.f.out"),
-            ("mlp", ("gate", "up"), "mlp.f.inp"),
-            ("mlp", ("down",), "mlp.f.out"),
-        ):
+        for block, parts, place in LLAMA_LINEARS:
             rows = [given.take(f"{theirs}.{block}.{part}_proj.weight") for part in parts]
             yield f"{ours}.{place}.weight", torch.cat(rows)
     yield "after.gain", given.take("norm.weight")

@@ -21,16 +21,18 @@ LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray",
 OVERLAYS = ("experiment", "debug")  # they pin a whole run: what they choose beats a companion, not the command line
 
 
-def check_sweep(word: Override, multirun: bool) -> None:
-    """A sweep needs -m, and sweeps only what belongs to a job."""
+def check_sweep(word: Override, multirun: bool, searching: bool = False) -> None:
+    """A sweep needs -m, and sweeps only what belongs to a job. searching: mode=search has settings of a sweep, too."""
     key, typed = word.key_or_group, word.input_line
-    of_the_sweep = key == "sweep" or key.startswith("sweep.")
-    if of_the_sweep and not multirun:
+    of_the_sweep = key.split(".")[0] in ("sweep", "hparams_search")
+    if key.startswith("sweep") and of_the_sweep and not (multirun or searching):
         raise UserError(f"{typed} is about a sweep: add -m (python run.py -m {typed} …), or leave it out for one run")
     if not word.is_sweep_override():
         return
     if word.is_hydra_override() or of_the_sweep or key == "paths.run_dir":
         raise UserError(f"{typed}: {key} belongs to the whole sweep and has one value")
+    if searching:
+        raise UserError(f"{typed}: a search takes its values from a space: hparams_search.space.{key}=[a,b,…]")
     if not multirun:
         value = (typed or "").partition("=")[2]
         raise UserError(
@@ -59,6 +61,8 @@ def check_jobs(cfg: DictConfig, launcher: str = "basic") -> None:
         raise UserError(f"sweep.on_error is {' or '.join(ON_ERROR)}; got {shown(settings.on_error)}")
     if settings.jobs < 1:
         raise UserError(f"sweep.jobs counts the jobs that run at the same time, at least 1; got {settings.jobs}")
+    if launcher != "basic" and cfg.mode == "search":
+        raise UserError(f"mode=search starts its jobs on this machine; leave out hydra/launcher={launcher}")
     if launcher != "basic" and settings.jobs > 1:
         raise UserError(
             f"sweep.jobs={settings.jobs} is for a sweep without a launcher; hydra/launcher={launcher} decides "
@@ -67,7 +71,7 @@ def check_jobs(cfg: DictConfig, launcher: str = "basic") -> None:
         )
     if not isinstance(settings.resume, (str, type(None))):
         raise UserError(f"sweep.resume is the directory of a sweep, or last; got {shown(settings.resume)}")
-    if cfg.mode == "train" and cfg.resume:
+    if cfg.mode in ("train", "search") and cfg.resume:
         raise UserError(
             f"resume={cfg.resume} goes on with one run, and a sweep starts one run for each job",
             f"to start them all from its weights: init_from={cfg.resume}; to go on with a sweep: sweep.resume=last",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trainkit.launch.composition import Composition, exists, leaves
 from trainkit.launch.explain import UserError, explained
 from trainkit.launch.sources import CONF, Folders, folder_of
-from trainkit.launch.values import check_value
+from trainkit.launch.values import SPACE, check_value
 from trainkit.launch.words import parse
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _without_hydras_own(words: list[str]) -> list[str]:
 def assign(cfg: DictConfig, word: Override) -> None:
     """Sets, adds or deletes one key, with the meaning that Hydra gives to `=`, `+`, `++` and `~`.
 
-    Done here and not by Hydra, so that each word can be compared with the default that it replaces.
+    Done here and not by Hydra, so that each word can be compared with the default that it replaces. The space of a
+    search is replaced as a whole, and its keys need no `+`.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -111,7 +112,8 @@ def assign(cfg: DictConfig, word: Override) -> None:
             with open_dict(cfg):
                 del (OmegaConf.select(cfg, parent) if parent else cfg)[name]
         else:
-            OmegaConf.update(cfg, key, value, merge=True, force_add=word.is_add() or word.is_force_add())
+            add = word.is_add() or word.is_force_add() or key.startswith(f"{SPACE}.")
+            OmegaConf.update(cfg, key, value, merge=key != SPACE, force_add=add)
 
 
 def overlay(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

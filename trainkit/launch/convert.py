@@ -9,11 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from trainkit.launch import rundir, versions
-from trainkit.launch.compose import overlay
 from trainkit.launch.console import log, to_file
+from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
 from trainkit.launch.job import Result, build_data, build_task, mistakes
-from trainkit.launch.preflight import check_config
 from trainkit.launch.runconfig import load_config, save_config
 from trainkit.launch.weights import from_run
 from trainkit.surgery import FORMS
@@ -30,12 +29,10 @@ def convert(cfg: DictConfig, overrides: list[str]) -> Result:
     """
     if cfg.to not in FORMS:
         raise UserError(f"mode=convert needs the form to convert to: add to={' or to='.join(FORMS)}; got to={cfg.to}")
-    directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
-    stored = load_config(directory / "config.yaml")
-    if stored.get("to"):
-        raise UserError(f"{str(directory)!r} holds a converted model already ({stored.to}); convert the run it is from")
-    own = overlay(stored, overrides)
-    check_config(own, plugins=list(cfg.plugins))
+    directory, own = earlier(cfg, overrides)
+    form = load_config(directory / "config.yaml").get("to")
+    if form:
+        raise UserError(f"{str(directory)!r} holds a converted model already ({form}); convert the run it is from")
     with mistakes():
         data = build_data(own)
         task = build_task(own)

@@ -1,20 +1,27 @@
-"""What a model and its optimizer's state take, measured."""
+"""What a run takes: its model, its optimizer's state, and its computation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from trainkit.task.base import Task
 
-def footprint(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
-    """parameters: trainable numbers of the model; optimizer_state_bytes: what the state of this process occupies."""
-    return {
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+
+def footprint(task: Task, optimizers: Iterable[Optimizer], steps: int) -> dict[str, int]:
+    """parameters: trainable numbers of the model; optimizer_state_bytes: what the state of this process occupies;
+    training_flops: of all `steps`, forward and backward, where the model counts them (flops_per_token).
+    """
+    found = {
+        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         "optimizer_state_bytes": state_bytes(optimizers),
     }
+    if task.flops_per_token and task.tokens_per_step:
+        found["training_flops"] = task.flops_per_token * task.tokens_per_step * steps
+    return found
 
 
 def state_bytes(optimizers: Iterable[Optimizer]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,26 +28,28 @@ from trainkit.continual.strategy import Strategy
 from trainkit.launch import rundir, versions
 from trainkit.launch.checkpoints import newest
 from trainkit.launch.children import die_with
-from trainkit.launch.compose import overlay
 from trainkit.launch.console import log, show, to_file, to_terminal
 from trainkit.launch.disk import DiskError
+from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
 from trainkit.launch.footprint import footprint
 from trainkit.launch.interruption import Interrupted, requeue
 from trainkit.launch.launched import check_interactive, check_launch, launched, mark, requeued
 from trainkit.launch.machine import default_threads
 from trainkit.launch.monitors import check_monitors
-from trainkit.launch.preflight import check_config
 from trainkit.launch.ranks import Agreement, supervise, tell_directory, together, told_directory
 from trainkit.launch.runconfig import continues, load_config, plain, save_config
 from trainkit.launch.rundir import Run
-from trainkit.launch.screens import opening, summary
+from trainkit.launch.screens import opening, scores, summary
 from trainkit.launch.summary import STAGES
 from trainkit.launch.unused import unused_norm_layer
 from trainkit.launch.weights import from_run, give_form, initialize, unreadable
+from trainkit.measure.look import look
 from trainkit.optimizer.partition import describe
 from trainkit.report.metrics_file import readable
 from trainkit.task.base import Task
+
+PROBE = 2  # validation batches whose activations mode=eval measures
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
 
     overrides: all the words behind it; typed: today's, by which a requeued SLURM job knows its run again.
     """
-    from trainkit.launch.convert import convert  # made of the parts below
+    # Made of the parts below.
+    from trainkit.launch.convert import convert
+    from trainkit.launch.export import export
+    from trainkit.launch.sample import sample
 
     to_terminal()
     if "accelerator" in cfg.trainer and cfg.mode == "train":
@@ -74,7 +80,8 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
     try:
         if cfg.mode == "train":
             return train(cfg, overrides, mark(typed))
-        return {"eval": evaluate, "convert": convert}[cfg.mode](cfg, overrides)
+        modes = {"eval": evaluate, "sample": sample, "convert": convert, "export": export}
+        return modes[cfg.mode](cfg, overrides)
     except Interrupted as stopped:
         if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
             sys.exit(0)  # rank 0 tells; Lightning would kill it where a process that it started ends with another code
@@ -131,7 +138,7 @@ def train(cfg: DictConfig, overrides: list[str], slurm: dict[str, Any] | None = 
             with together(run, trainer, lambda: finish_loggers(loggers, failed=True)):
                 trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 run.result["seconds"] = run.before.get("seconds", 0.0) + time.perf_counter() - began
-                run.result |= footprint(task.model, trainer.optimizers)
+                run.result |= footprint(task, trainer.optimizers, trainer.global_step)
                 metrics = _numbers(trainer)
                 if trainer.state.finished:
                     trainer.test(task, datamodule=data, verbose=False)
@@ -152,9 +159,7 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
 
     Written to paths.run_dir, else to <run>/eval, or eval_2, eval_3, … where that has been done before.
     """
-    directory = rundir.find(cfg.resume, cfg.paths.log_dir, cfg.name)
-    own = overlay(load_config(directory / "config.yaml"), overrides)
-    check_config(own, plugins=list(cfg.plugins))
+    directory, own = earlier(cfg, overrides)
     with mistakes():
         data = build_data(own)
         task = build_task(own)
@@ -174,10 +179,11 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
         if primary:
             result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
             result |= {"ended": time.time(), "versions": versions.versions()}
+            # Of the activations, on the first validation batches: too many to show, and the task is on the CPU again.
+            result["measures"] = look(task, list(islice(data.val_dataloader(), PROBE)))
             rundir.write_json(target / "result.json", result)
-            for name, value in metrics.items():
-                log.info("%s %.6g", name, value)
-            log.info("written to %s", target / "result.json")
+            show(scores(metrics))
+            log.info("written to %s, with %d measures of activations", target / "result.json", len(result["measures"]))
     return Result(target, metrics, "finished")
 
 

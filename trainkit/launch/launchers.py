@@ -101,13 +101,16 @@ def outcomes(directory: Path) -> list[Outcome]:
 
 def task(cfg: DictConfig) -> None:
     """One job, in whatever process the launcher runs it: starts the child and waits for it."""
-    from trainkit.launch.sweep import GRACE, RUN, clean_environment
+    from trainkit.launch.sweep import GRACE, RUN, clean_environment, diverged
 
     directory, number = Path(cfg.directory), int(cfg.number)
     record = rundir.read_json(directory / "sweep.json")
     job = record["jobs"][number]
     # Told from how jobs have ended, not from sweep.json, which the sweep writes a moment later.
-    if record["on_error"] == "stop" and any(outcome.code for outcome in outcomes(directory)):
+    failed = [outcome.number for outcome in outcomes(directory) if outcome.code]
+    if record.get("search"):  # then a divergence is a result
+        failed = [n for n in failed if not diverged(rundir.read_json(directory / str(n) / "result.json"))]
+    if record["on_error"] == "stop" and failed:
         return
     adopt()
     # Where SLURM has started one task for each rank, each of them comes here, and the ranks are SLURM's.

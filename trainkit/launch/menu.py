@@ -19,8 +19,12 @@ usage: python run.py [-m] [group=option ...] [key=value ...]
   python run.py model=gpt norm=peri                       one run
   python run.py norm=peri optimizer.lr=3e-4 seed=1        any key of the configuration is one word
   python run.py -m norm=pre,post,peri seed=0,1,2          a sweep: every combination, one run each
+  python run.py -m hparams_search=lr_sensitivity          a sweep over learning rates
+  python run.py mode=search hparams_search=optuna         search settings: hparams_search.space, …
   python run.py resume=last                               go on with the newest run
   python run.py mode=eval resume=last                     test it
+  python run.py mode=sample resume=last                   write text with it: sample.prompt, …
+  python run.py mode=export resume=last                   its model as a folder of safetensors
   python run.py norm=mix --cfg job                        show the whole configuration, run nothing
   python run.py hydra.searchpath=[my_conf] norm=mine      options from a folder of your own"""
 

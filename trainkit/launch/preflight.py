@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch import rundir, words
+from trainkit.launch import hparams_search, rundir, words
 from trainkit.launch.choices import (
     OVERLAYS,
     check_choice,
@@ -29,6 +29,7 @@ from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean
 from trainkit.launch.from_run import check_from_run, settled
 from trainkit.launch.guards import check_guards
+from trainkit.launch.ranges import check_export, check_sample
 from trainkit.launch.sources import Folders, default_groups
 from trainkit.launch.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
 from trainkit.launch.values import check_missing, check_nodes, check_share, check_top, check_value
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "preflight"]
 
-MODES = ("train", "eval", "convert")
-FROM_RUN = ("eval", "convert")  # these take the configuration of an earlier run, named by resume=
+MODES = ("train", "eval", "sample", "convert", "export", "search")
+FROM_RUN = ("eval", "sample", "convert", "export")  # these take the configuration of an earlier run, named by resume=
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep", "sweep.")
 
 
@@ -50,7 +51,8 @@ class Plan:
 
     passthrough: the answer is Hydra's own (--info, --hydra-help, --cfg hydra, ...). launcher: the option of
     hydra/launcher; with "basic" a sweep is ours to run. words: what the jobs were expanded from, by the command line
-    that the sweep was first started with; typed: today's.
+    that the sweep was first started with; typed: today's. search: the node of hparams_search, None for none; under
+    mode=search, which is a sweep too, the only job is what all jobs that are still to be chosen have in common.
     """
 
     overrides: list[list[str]] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Plan:
     launcher: str = "basic"
     words: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
+    search: hparams_search.Search | None = None
 
 
 def preflight(argv: Sequence[str]) -> Plan:
@@ -107,35 +110,53 @@ def check(argv: Sequence[str], *, merged: bool = False) -> Plan:
     folders = search(line.overrides)
     parsed = words.parse(line.overrides, folders)
     standing = default_groups()
+    searching = any(word.key_or_group == "mode" and word.value() == "search" for word in parsed)
     for word in parsed:
-        check_sweep(word, line.multirun)
+        check_sweep(word, line.multirun, searching and not line.multirun)
         if word.key_or_group == "hydra/launcher":
             check_launcher(word)
         if _is_choice(word, folders):
             _each_option(word, lambda one: check_choice(one, folders, standing))
         if word.key_or_group == "hydra.mode":
             raise UserError(f"{word.input_line}: say -m on the command line for a sweep, and nothing for one job")
-    if not (merged or line.multirun or line.for_hydra) and any(word.key_or_group == "resume" for word in parsed):
+    if not (merged or line.multirun or searching or line.for_hydra) and any(
+        word.key_or_group == "resume" for word in parsed
+    ):
         place = _check_job([w.input_line or "" for w in parsed if _tells_the_place(w)], folders, choose)
         if place.mode == "train" and place.resume:
             return Plan([line.overrides], [place], words=line.overrides, typed=line.overrides)
     jobs = words.jobs(parsed) if line.multirun else [line.overrides]
     compose = _remembering(choose) if line.multirun else choose
-    configs = [_check_job(job, folders, compose) for job in jobs]
+    first = _check_job(jobs[0], folders, compose)
+    sought = hparams_search.chosen(first, line.multirun)
+    added = words.parse(hparams_search.rates(sought, parsed), folders)
+    if added:
+        jobs = words.jobs([*parsed, *added])
+        first = _check_job(jobs[0], folders, compose)
+    configs = [first, *(_check_job(job, folders, compose) for job in jobs[1:])]
+    for cfg in configs[1:]:
+        hparams_search.chosen(cfg, line.multirun)
+    sweeping = line.multirun or first.mode == "search"
     launcher = next((str(w.value()) for w in reversed(parsed) if w.key_or_group == "hydra/launcher"), "basic")
-    if line.multirun:
-        check_jobs(configs[0], launcher)
+    if sweeping:
+        check_jobs(first, launcher)
+    overrides = [
+        settled([word for word in job if not word.lstrip("+~").startswith(OF_THE_SWEEP)], cfg)
+        for job, cfg in zip(jobs, configs, strict=True)
+    ]
+    if sweeping:
+        overrides = [hparams_search.of_a_job(job, cfg) for job, cfg in zip(overrides, configs, strict=True)]
+    if sought is not None and first.mode == "search":
+        hparams_search.check_words(sought, overrides[0], folders, compose)
     return Plan(
-        overrides=[
-            settled([word for word in job if not word.lstrip("+~").startswith(OF_THE_SWEEP)], cfg)
-            for job, cfg in zip(jobs, configs, strict=True)
-        ],
+        overrides=overrides,
         configs=configs,
-        multirun=line.multirun,
+        multirun=sweeping,
         passthrough=line.for_hydra,
         launcher=launcher,
         words=line.overrides,
         typed=line.overrides,
+        search=sought,
     )
 
 
@@ -186,7 +207,7 @@ def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[s
             continue  # meant for the earlier run's choices; compose.overlay compares it with those
         check_value(word, job)
         assign(job.cfg, word)
-    for check_one in (check_mode, check_top) if from_run else CHECKS:
+    for check_one in (check_mode, check_top, *OWN_NODES) if from_run else CHECKS:
         check_one(job)
     return job.cfg
 
@@ -214,6 +235,7 @@ def check_targets_and_plugins(job: Composition) -> None:
     check_targets(job, plugins)
 
 
+OWN_NODES = (check_sample, check_export)
 CHECKS = (
     check_mode,
     check_companions,
@@ -226,6 +248,8 @@ CHECKS = (
     check_guards,
     check_share,
     check_from_run,
+    hparams_search.check_search,
+    *OWN_NODES,
 )
 
 

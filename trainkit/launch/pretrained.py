@@ -98,24 +98,30 @@ class Tensors:
 
 def _compare(words: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
     """Raises UserError with the words that make the configuration the folder's architecture, unless it is already."""
-    differing = []
+    missing = differing(words, cfg)
+    if not missing:
+        return
+    tokenizer, hint = folder / "tokenizer.json", ""
+    if tokenizer.is_file() and f"model.vocab={words['model.vocab']}" in missing and "tokenizer" in cfg.data:
+        hint = f"its own tokenizer: data.tokenizer=file data.tokenizer_file={tokenizer}"
+    raise UserError(
+        f"init_from={folder} holds a model of another architecture or size; for its weights add",
+        " ".join(missing),
+        hint,
+    )
+
+
+def differing(words: dict[str, Any], cfg: DictConfig) -> list[str]:
+    """Those of an architecture's words, as key=value, that the configuration does not have."""
+    found = []
     for key, wanted in words.items():
         if key in ("model", "norm", "norm_layer"):
             same = str(cfg[key]._target_).startswith(f"trainkit.{key}.{wanted}.")
         else:
             same = _effective(cfg, key) == wanted
         if not same:
-            differing.append(f"{key}={shown(wanted)}")
-    if not differing:
-        return
-    tokenizer, hint = folder / "tokenizer.json", ""
-    if tokenizer.is_file() and f"model.vocab={words['model.vocab']}" in differing and "tokenizer" in cfg.data:
-        hint = f"its own tokenizer: data.tokenizer=file data.tokenizer_file={tokenizer}"
-    raise UserError(
-        f"init_from={folder} holds a model of another architecture or size; for its weights add",
-        " ".join(differing),
-        hint,
-    )
+            found.append(f"{key}={shown(wanted)}")
+    return found
 
 
 def _effective(cfg: DictConfig, key: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainkit.launch import rundir
+from trainkit.launch import hparams_search, rundir
 from trainkit.launch.compose import choose, is_value, search
 from trainkit.launch.explain import UserError
 from trainkit.launch.launched import mark, requeued
@@ -113,7 +113,8 @@ def _sweep(plan: Plan) -> Plan:
     cfg = plan.configs[0]
     directory = rundir.find_sweep(cfg.sweep.resume, cfg.paths.log_dir, cfg.name)
     record = rundir.read_json(directory / "sweep.json")
-    jobs, first = [job["overrides"] for job in record.get("jobs", [])], record.get("words", [])
+    search, first = _search(plan, directory, record), record.get("words", [])
+    jobs = [record["base"]] if "base" in record else [job["overrides"] for job in record.get("jobs", [])]
     launcher = [word for word in first if of_a_launcher(word) and word != "hydra/launcher=basic"]
     if launcher and "hydra/launcher" not in map(key, plan.typed):
         # Not taken over: a launcher runs what its settings say, and the directory may be somebody else's.
@@ -134,7 +135,31 @@ def _sweep(plan: Plan) -> Plan:
     settings = _merged([word for word in first if key(word).startswith("sweep.")], _only(today, "sweep."))
     today = [word for word in today if not word.lstrip("+~").startswith(OF_THE_SWEEP)]
     jobs = [_merged([word for word in job if key(word) not in TRUSTED], today) for job in jobs]
-    return replace(plan, overrides=jobs, configs=check_each([[*job, *settings] for job in jobs]), words=first)
+    configs = check_each([[*job, *settings] for job in jobs])
+    return replace(plan, overrides=jobs, configs=configs, words=first, search=search)
+
+
+def _search(plan: Plan, directory: Path, record: Mapping[str, Any]) -> hparams_search.Search | None:
+    """What the sweep looks for, as it was started with; a search may be given another number of trials."""
+    search, now = record.get("search"), plan.search or {}
+    if plan.configs[0].mode == "search" and "base" not in record:
+        raise UserError(f"{directory} is a sweep, no search; go on with it: python run.py -m sweep.resume={directory}")
+    word = hparams_search.changed(search or {}, now, plan.typed)
+    if word is not None:
+        raise UserError(
+            f"{directory} was started otherwise than with {word}",
+            "give it the same words or none; without sweep.resume it is a new one",
+        )
+    if search is None or "base" not in record:
+        return search
+    hparams_search.check_installed()
+    if any(key(word) == "hparams_search.trials" for word in plan.typed):
+        search = {**search, "trials": now["trials"]}
+    hparams_search.check_node(search)
+    keys = set(hparams_search.entries(search))
+    if any(set(job.get("params", {})) != keys for job in record["jobs"]):
+        raise UserError(f"{str(directory / 'sweep.json')!r} is damaged: a job lacks the values of its space")
+    return search
 
 
 def _may_change(word: str) -> bool:

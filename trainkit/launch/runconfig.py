@@ -13,6 +13,7 @@ from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import check_calls
 from trainkit.launch.rundir import write_text
 
+HOLDS = {"convert": "a converted", "export": "an exported"}  # by the mode that wrote it
 FACTS = ("vocab", "classes", "image", "bytes_per_token", "unigram_entropy")  # what only reading the data tells
 
 
@@ -101,8 +102,8 @@ def continues(cfg: DictConfig, directory: Path) -> None:
     check_calls(before, plugins=list(cfg.plugins))
     if before.get("mode", "train") != "train":
         raise UserError(
-            f"resume continues training; {str(directory)!r} holds a converted model without a training state",
-            f"start another run from its weights: init_from={directory} to={before.to}",
+            f"resume continues training; {str(directory)!r} holds {HOLDS[before.mode]} model without a training state",
+            f"start another run from its weights: init_from={directory}" + (f" to={before.to}" if before.to else ""),
         )
     for name in FACTS:
         if name in cfg.data and before.data.get(name) is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trainkit.launch.rundir import Run
 
-OWN = ("paths", "choices", "requires", "experiment", "debug")
+OWN = ("paths", "choices", "requires", "experiment", "debug", "hparams_search")
 
 
 def opening(cfg: DictConfig, run: Run, parameters: str) -> Tree:
@@ -53,6 +53,8 @@ def summary(cfg: DictConfig, run: Run, metrics: dict[str, float]) -> Table:
     from rich.table import Table
 
     table = Table(title="finished", show_header=False, title_justify="left", min_width=60)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are there to be copied
     for name in sorted(metrics):
         if name.startswith(STAGES):
             table.add_row(name, f"{metrics[name]:.4f}")
@@ -65,6 +67,27 @@ def summary(cfg: DictConfig, run: Run, metrics: dict[str, float]) -> Table:
         table.add_row("figure", str(run.dir / figure))
     table.add_row("numbers", str(run.dir / "metrics.jsonl"))
     table.add_row("view", view_command(cfg, run.dir))
+    return table
+
+
+UNITS = {"loss": "nats", "perplexity": "exp(nats)", "bits_per_byte": "bits", "accuracy": "share"}
+
+
+def scores(metrics: dict[str, float]) -> Table:
+    """What an evaluation found: a row per measure, val/loss and test/loss side by side; then what has no such sets."""
+    from rich.table import Table
+
+    sets = [stage for stage in ("val", "test") if any(name.startswith(f"{stage}/") for name in metrics)]
+    rows = dict.fromkeys(name.partition("/")[2] for name in metrics if name.partition("/")[0] in sets)
+    table = Table("measure", title="evaluated", title_justify="left", min_width=60)
+    for stage in sets:
+        table.add_column(stage, justify="right")
+    table.add_column("unit")
+    for row in rows:
+        values = (metrics.get(f"{stage}/{row}") for stage in sets)
+        table.add_row(row, *("" if value is None else f"{value:.6g}" for value in values), UNITS.get(row, ""))
+    for name in sorted(name for name in metrics if name.partition("/")[0] not in sets):
+        table.add_row(name, f"{metrics[name]:.6g}")
     return table
 
 

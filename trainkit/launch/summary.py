@@ -143,7 +143,7 @@ def _markdown(directory: Path, jobs: Sequence[Job]) -> str:
         [str(number), *_values(job, keys), job["status"], *(_number(job, name) for name in metrics), *_costs([job])]
         for number, job in enumerate(jobs)
     ]
-    text = [f"# Sweep {directory.name}", "", *_table(head, rows, left=len(keys) + 2)]
+    text = [f"# Sweep {directory.name}", "", *markdown_table(head, rows, left=len(keys) + 2)]
     failed = [(n, job) for n, job in enumerate(jobs) if job.get("reason") and job["status"] != "finished"]
     if failed:
         text += ["", "## What went wrong", ""]
@@ -157,7 +157,7 @@ def _markdown(directory: Path, jobs: Sequence[Job]) -> str:
         ]
         text += ["", "## Over seeds", "", "Mean ± half width of the 95 % confidence interval (Student's t).", ""]
         head = [*others, "seeds", *metrics, "parameters", "mean time", "optimizer state"]
-        text += _table(head, rows, left=len(others))
+        text += markdown_table(head, rows, left=len(others))
     if len(grouped) > 1:
         others = [key for key in keys if key != SEED]
         columns = [differences(jobs, name) for name in metrics]
@@ -168,11 +168,11 @@ def _markdown(directory: Path, jobs: Sequence[Job]) -> str:
         first = " ".join(grouped[0][0])
         text += ["", f"## Difference to {first}", ""]
         text += ["Paired by seed: mean ± half width of the 95 % confidence interval, and the number of pairs.", ""]
-        text += _table([*others, *metrics], rows, left=len(others))
+        text += markdown_table([*others, *metrics], rows, left=len(others))
     return "\n".join(text) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]], *, left: int) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]], *, left: int) -> list[str]:
     """A Markdown table whose first `left` columns are texts and the others numbers."""
     rule = ["---" if column < left else "---:" for column in range(len(head))]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]

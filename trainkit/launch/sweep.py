@@ -24,13 +24,14 @@ from trainkit.launch.explain import UserError, shorten
 from trainkit.launch.interruption import OF_A_SWEEP, Interrupted, requeue
 from trainkit.launch.launched import launched, mark
 from trainkit.launch.machine import default_threads, gpus
-from trainkit.launch.preflight import Plan
+from trainkit.launch.preflight import Plan, check_each
 from trainkit.launch.sources import RUN
 from trainkit.launch.summary import clock, label, table, varied, write
 from trainkit.launch.words import of_a_launcher
 
 if TYPE_CHECKING:
     from trainkit.launch.launchers import Outcome
+    from trainkit.launch.suggestions import Suggestions
 
 # What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
 FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -39,6 +40,7 @@ FOREIGN += ("MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "WANDB_SERVICE", "W
 SAID = ("val/loss", "test/loss", "continual/final_average_accuracy")  # of a finished job, in its line
 POLL = 0.05  # seconds between two looks at the children
 GRACE = 30.0  # seconds that interrupted jobs may take to end by themselves
+OVER = ("finished", "diverged")  # jobs in these states have their result and are not started again
 
 
 def clean_environment() -> dict[str, str]:
@@ -49,8 +51,12 @@ def clean_environment() -> dict[str, str]:
 def sweep(plan: Plan) -> int:
     """Runs the jobs of a checked plan; returns 0 when all of them finished, 1 when any did not, 128 + n after signal n.
 
-    A job is a child process with a clean environment and the directory <sweep>/<number>. sweep.json is rewritten
-    after every change, so an interrupted sweep still says what it did and `sweep.resume` goes on from there.
+    Where hparams_search looks for what training can bear, a job that the guard stopped has diverged, which is a result
+    like any other: it counts as neither failed nor missing. A search (mode=search) is a sweep whose jobs are not known
+    beforehand.
+
+    A job is a child process with a clean environment and the directory <sweep>/<number>. sweep.json is rewritten after
+    every change, so an interrupted sweep still says what it did and `sweep.resume` goes on from there.
     """
     to_terminal()
     first = plan.configs[0]
@@ -65,7 +71,8 @@ def sweep(plan: Plan) -> int:
         directory = rundir.given(first.paths.run_dir)
     else:
         directory = rundir.new_dir(first.paths.log_dir, first.name or first.choices.model)
-    parallel = first.sweep.jobs > 1 and len(plan.configs) > 1
+    jobs = plan.search["trials"] if plan.search and _searches(plan) else len(plan.configs)
+    parallel = first.sweep.jobs > 1 and jobs > 1
     there = gpus() if parallel and any(_may_use_gpus(cfg) for cfg in plan.configs) else []
     needs = [need(cfg, there, first.sweep.jobs) for cfg in plan.configs]
     rundir.make(directory)
@@ -95,6 +102,10 @@ def need(cfg: DictConfig, there: Sequence[str], jobs: int) -> int:
     return number
 
 
+def _searches(plan: Plan) -> bool:
+    return plan.search is not None and plan.search["kind"] == "optuna"
+
+
 def _may_use_gpus(cfg: DictConfig) -> bool:
     return cfg.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
 
@@ -112,7 +123,8 @@ class Running:
 class Sweep:
     """The jobs of one sweep and how far they are; `record` is what stands in sweep.json.
 
-    needs: the GPUs that each job gets for itself; free: those that no job has.
+    needs: the GPUs that each job gets for itself; free: those that no job has. study: where the further jobs of a
+    search come from, each when there is room for it; its jobs are checked one by one, as they are about to start.
     """
 
     directory: Path
@@ -123,18 +135,24 @@ class Sweep:
     record: dict[str, Any] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
     leftover: list[tuple[Child, float]] = field(default_factory=list)
+    study: Suggestions | None = None
+    stopped: bool = False  # whether a failure keeps further jobs from starting
 
     def __post_init__(self) -> None:
         settings = self.plan.configs[0].sweep
-        self.at_once = min(settings.jobs, len(self.plan.overrides))
         self.stops = settings.on_error == "stop"
-        self.keys = varied(self.plan.overrides)
         old = rundir.read_json(self.directory / "sweep.json") if self.resumed else {}
-        before = old.get("jobs", [{}] * len(self.plan.overrides))
-        self.jobs: list[dict[str, Any]] = [
-            {"overrides": words, "status": "waiting", "seconds": job.get("seconds", 0.0)}
-            for words, job in zip(self.plan.overrides, before, strict=True)
-        ]
+        self.configs = dict(enumerate(self.plan.configs))
+        self.gpus = list(self.free)
+        self.jobs: list[dict[str, Any]] = []
+        if _searches(self.plan):
+            self._begin_search(old.get("jobs", []))
+        else:
+            self.keys = varied(self.plan.overrides)
+            before = old.get("jobs", [{}] * len(self.plan.overrides))
+            for words, job in zip(self.plan.overrides, before, strict=True):
+                self.jobs.append({"overrides": words, "status": "waiting", "seconds": job.get("seconds", 0.0)})
+        self.at_once = min(settings.jobs, self.total)
         # The number of threads decides over last bits: what a sweep began with holds for all of its jobs.
         shared = old.get("jobs_at_once", self.at_once)
         self.record = {
@@ -145,19 +163,28 @@ class Sweep:
             "slurm": mark(self.plan.typed),
             "launcher": self.plan.launcher,
             "pid": os.getpid(),
+            "search": self.plan.search,
+            **({"base": self.plan.overrides[0]} if self.study else {}),
             "jobs": self.jobs,
         }
+
+    @property
+    def total(self) -> int:
+        """How many jobs there are, those that a search has yet to choose included."""
+        return len(self.jobs) + (self.study.left if self.study else 0)
 
     def run(self) -> int:
         slots = [len(self.free) // need for need in self.needs if need]
         at_once = min([self.at_once, *slots])
         pace = f", {at_once} at a time" if self.at_once > 1 else ""
         short = f" ({len(self.free)} GPUs)" if at_once < self.at_once else ""
-        jobs = f"{len(self.jobs)} job" + "s" * (len(self.jobs) > 1)
-        log.info("sweep %s: %s%s%s", self.directory, jobs, pace, short)
+        jobs = f"{self.total} job" + "s" * (self.total > 1)
+        log.info("%s %s: %s%s%s", "search" if self.study else "sweep", self.directory, jobs, pace, short)
         for number in range(len(self.jobs)):
             if self.resumed:
                 self._recall(number)
+                if self.study and self.jobs[number]["status"] in OVER:
+                    self.study.tell(number, self.jobs[number])
         self._save()
         with signals() if self.plan.launcher == "basic" else nullcontext([]) as received:
             try:
@@ -177,21 +204,24 @@ class Sweep:
                 self._save(summaries=True)
         log.info("\nsweep %s", self.directory)
         show(table(self.jobs))
-        finished = sum(job["status"] == "finished" for job in self.jobs)
-        if finished < len(self.jobs):
+        self._conclusion()
+        finished = sum(job["status"] in OVER for job in self.jobs)
+        if finished < self.total:
             done = "interrupted" if received else "ended"
-            log.info("%s with %d of %d jobs finished; go on with", done, finished, len(self.jobs))
+            log.info("%s with %d of %d jobs finished; go on with", done, finished, self.total)
             launcher = [word for word in self.plan.typed if of_a_launcher(word)]
-            log.info("  %s", shlex.join(["python", "run.py", "-m", *launcher, f"sweep.resume={self.directory}"]))
+            how = ["mode=search"] if self.study else ["-m", *launcher]
+            log.info("  %s", shlex.join(["python", "run.py", *how, f"sweep.resume={self.directory}"]))
         if received:
             requeue(Interrupted(received[0], "ended the sweep"))
-        return 128 + received[0] if received else int(finished < len(self.jobs))
+        self._report()  # last, as it may take a while and nothing depends on it
+        return 128 + received[0] if received else int(finished < self.total)
 
     def _all(self, interrupted: Callable[[], bool]) -> None:
         """Starts the waiting jobs in order, each as soon as there is room, and waits for them."""
-        waiting = [number for number, job in enumerate(self.jobs) if job["status"] != "finished"]
-        while (waiting or self.running) and not interrupted():
-            while waiting and self._room(waiting[0]) and not interrupted():
+        waiting = [number for number, job in enumerate(self.jobs) if job["status"] not in OVER]
+        while (self._next(waiting) or self.running) and not interrupted():
+            while self._next(waiting) and self._room(waiting[0]) and not interrupted():
                 self._start(waiting.pop(0))
             time.sleep(POLL)
             for job in list(self.running):
@@ -199,16 +229,79 @@ class Sweep:
                 job.child.relay()
                 if code is not None:
                     status = self._ended(job)
-                    if status != "finished" and self.stops and waiting:
-                        log.info("sweep.on_error=stop: the other %d jobs are not started", len(waiting))
-                        waiting = []
+                    if self.study:
+                        self.study.tell(job.number, self.jobs[job.number])
+                    if status not in OVER:
+                        self._stop(waiting)
             self._sweep_up()
+
+    def _stop(self, waiting: list[int]) -> None:
+        """After a failure, starts no more of the waiting jobs where sweep.on_error says so."""
+        rest = len(waiting) + (self.study.left if self.study and not self.stopped else 0)
+        if self.stops and rest:
+            log.info("sweep.on_error=stop: the other %d jobs are not started", rest)
+            waiting.clear()
+        self.stopped = self.stops
+
+    def _next(self, waiting: list[int]) -> bool:
+        """Whether a job is waiting; a search is asked for one where none is, once there is a worker for it."""
+        while self.study and not self.stopped and len(self.running) < self.at_once:
+            if not waiting and self.study.left:
+                waiting.append(self._suggested(self.study))
+            if not waiting or waiting[0] in self.configs or self._admitted(self.study, waiting[0]):
+                break
+            waiting.pop(0)
+            self._stop(waiting)
+        return bool(waiting)
+
+    def _begin_search(self, before: list[dict[str, Any]]) -> None:
+        """A study that knows the jobs of an earlier start."""
+        from trainkit.launch.suggestions import Suggestions
+
+        search = self.plan.search
+        assert search is not None
+        self.study = Suggestions(search, self.plan.overrides[0], before, self.plan.configs[0].sweep.jobs)
+        self.keys = list(self.study.entries)
+        self.configs = {}
+        for job in before:
+            self._list(job["params"], job.get("seconds", 0.0))
+
+    def _list(self, params: dict[str, Any], seconds: float = 0.0) -> None:
+        assert self.study is not None
+        entry = {"overrides": self.study.words(params), "params": params, "status": "waiting", "seconds": seconds}
+        self.jobs.append(entry)
+
+    def _suggested(self, study: Suggestions) -> int:
+        """The number of a new job of the search."""
+        number = len(self.jobs)
+        self._list(study.ask(number))
+        return number
+
+    def _admitted(self, study: Suggestions, number: int) -> bool:
+        """Whether a job of a search can be run; one that cannot has failed, for the reason that the checks give."""
+        job = self.jobs[number]
+        try:
+            (cfg,) = check_each([job["overrides"]])
+            gpus = need(cfg, self.gpus, self.plan.configs[0].sweep.jobs)
+        except UserError as error:
+            job |= {"status": "failed", "reason": shorten(str(error))}
+            study.tell(number, job)
+            self._save()
+            log.info("%s  cannot be run: %s  [%d/%d]", self._name(number), job["reason"], self._done(), self.total)
+            return False
+        self.configs[number] = cfg
+        self.needs += [0] * (number + 1 - len(self.needs))
+        self.needs[number] = gpus
+        return True
+
+    def _done(self) -> int:
+        return sum(job["status"] not in ("waiting", "running") for job in self.jobs)
 
     def _through_the_launcher(self) -> None:
         """Hands the waiting jobs to a Hydra launcher and notes each as it ends, wherever that was."""
         from trainkit.launch.launchers import launch
 
-        waiting = [number for number, job in enumerate(self.jobs) if job["status"] != "finished"]
+        waiting = [number for number, job in enumerate(self.jobs) if job["status"] not in OVER]
         for number in waiting:
             target = self.directory / str(number)
             job = self.jobs[number]
@@ -234,9 +327,12 @@ class Sweep:
     def _recall(self, number: int) -> None:
         """Takes over what an earlier start of the sweep reached in this job; its own result.json knows best."""
         result = rundir.read_json(self.directory / str(number) / "result.json")
-        if result.get("status") == "finished":
-            self._note(number, result, "finished")
-            log.info("%s  finished before", self._name(number))
+        status = "diverged" if self.plan.search and diverged(result) else result.get("status")
+        if status in OVER:
+            self._note(number, result, status)
+            if status == "diverged":
+                self.jobs[number]["reason"] = reason(result, 1, "")
+            log.info("%s  %s before", self._name(number), status)
 
     def _start(self, number: int) -> None:
         job, target = self.jobs[number], self.directory / str(number)
@@ -264,7 +360,7 @@ class Sweep:
         if target.is_dir():
             rundir.check_free(target)
             shutil.rmtree(target)  # of a start that was killed before it had a configuration, so before any checkpoint
-        cfg, shared = self.plan.configs[number], self.record["jobs_at_once"]
+        cfg, shared = self.configs[number], self.record["jobs_at_once"]
         open_threads = shared > 1 and "threads" in cfg.trainer and cfg.trainer.threads is None
         threads = default_threads(cfg.trainer.get("devices", 1), shared)
         return [f"paths.run_dir={target}", *([f"trainer.threads={threads}"] if open_threads else [])]
@@ -289,10 +385,12 @@ class Sweep:
             status = "finished"
         else:
             status = "interrupted" if stopped or (own and result["status"] == "interrupted") else "failed"
+        if status == "failed" and self.plan.search and own and diverged(result):
+            status = "diverged"
         entry = self.jobs[number]
         entry |= {"exit_code": code, "seconds": entry["seconds"] + seconds}
         self._note(number, result if own or status == "finished" else {}, status)
-        if status == "failed":
+        if status in ("failed", "diverged"):
             entry["reason"] = reason(result if own else {}, code or 0, said)
             self._keep_traceback(number, said)
         self._save()
@@ -301,9 +399,8 @@ class Sweep:
             metrics = entry["metrics"]
             told = [f"{name} {metrics[name]:.4f}" for name in SAID if name in metrics]
         else:
-            told = [entry["reason"], str(self._log(number))] if status == "failed" else []
-        over = sum(job["status"] not in ("waiting", "running") for job in self.jobs)
-        log.info("%s", "  ".join([self._name(number), status, *told, took, f"[{over}/{len(self.jobs)}]"]))
+            told = [entry["reason"], str(self._log(number))] if status in ("failed", "diverged") else []
+        log.info("%s", "  ".join([self._name(number), status, *told, took, f"[{self._done()}/{self.total}]"]))
         return status
 
     def _note(self, number: int, result: dict[str, Any], status: str) -> None:
@@ -340,6 +437,44 @@ class Sweep:
                 write(self.directory, self.jobs)
         except OSError as error:
             log.warning("%s could not be written (%s)", self.directory / "sweep.json", error.strerror)
+
+    def _conclusion(self) -> None:
+        """What the sweep was for: tables here, and files beside summary.md."""
+        search = self.plan.search
+        if search is None:
+            return
+        try:
+            if self.study is None:
+                from trainkit.report import lr_sensitivity
+
+                told = lr_sensitivity.write(self.directory, self.jobs, search["key"])
+            else:
+                from trainkit.report import search as found
+
+                told = found.write(self.directory, self.jobs, search, self.study.importances())
+        except Exception as error:  # as with the report: the jobs have their results
+            why = f"{type(error).__name__}: {shorten(str(error))}"
+            log.warning("what was found could not be written (%s); the sweep's numbers are in summary.md", why)
+            return
+        for one in told:
+            log.info("%s", one) if isinstance(one, str) else show(one)
+
+    def _report(self) -> None:
+        """report.html, in which nothing is worth failing a sweep for."""
+        try:
+            from trainkit.report.page import of_directory
+
+            log.info("report %s", of_directory(self.directory))
+        except KeyboardInterrupt:
+            log.warning("the report was not finished; python -m trainkit.report %s writes it", self.directory)
+        except Exception as error:
+            told = f"{type(error).__name__}: {shorten(str(error))}"
+            log.warning("the report could not be written (%s); the sweep's numbers are in summary.md", told)
+
+
+def diverged(result: dict[str, Any]) -> bool:
+    """Whether the guard (callbacks/guard.py) has ended a run, because a loss or a gradient was no number any more."""
+    return result.get("status") == "failed" and str(result.get("reason")).startswith("NonFiniteLoss: ")
 
 
 def reason(result: dict[str, Any], code: int, said: str) -> str:

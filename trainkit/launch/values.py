@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a node"}
 ACCUMULATE = "accumulate_grad_batches"
+SPACE = "hparams_search.space"  # keys of the configuration with their ranges, so none that is there before
 TEXTS = ("name", "resume", "init_from", "to")  # keys of conf/config.yaml that are null by default
 
 
@@ -26,6 +27,8 @@ def check_value(word: Override, job: Composition) -> None:
         raise UserError(f"{typed}: {key} is written by the chosen options and cannot be set")
     if word.is_delete():
         _check_delete(typed, key, job, raw)
+    elif f"{key}.".startswith(f"{SPACE}.") and exists(raw, SPACE):
+        return  # hparams_search.check_space looks at it
     elif word.is_add():
         _check_add(typed, key, raw, job)
     elif not word.is_force_add():

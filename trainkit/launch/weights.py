@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from trainkit.launch import pretrained, rundir
 from trainkit.launch.explain import UserError
@@ -14,6 +15,8 @@ from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
 from trainkit.surgery import FORMS
 from trainkit.task.base import Task
+
+WEIGHTS = "model.safetensors"  # the model's alone, in a directory that mode=export wrote
 
 
 def give_form(task: Task, form: str | None) -> None:
@@ -60,8 +63,16 @@ def unreadable(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def exported(directory: Path) -> bool:
+    """Whether a directory is one that mode=export wrote."""
+    return (directory / WEIGHTS).is_file()
+
+
 def load_weights(task: Task, directory: Path, which: str) -> None:
     """Puts a run's weights into a task; UserError where there are none or they are another model's."""
+    if exported(directory):
+        load_exported(task.model, directory / WEIGHTS)
+        return
     path = directory / "checkpoints" / f"{which}.ckpt"
     if not path.is_file():
         raise UserError(f"{str(directory)!r} has no {which}.ckpt: the run ended before its first checkpoint")
@@ -71,6 +82,20 @@ def load_weights(task: Task, directory: Path, which: str) -> None:
         raise UserError(f"{str(path)!r} cannot be read: {unreadable(error)}") from error
     try:
         task.load_state_dict(state)
+    except RuntimeError as error:
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise UserError(f"the weights in {str(path)!r} are of another model: {first}") from None
+
+
+def load_exported(model: nn.Module, path: Path) -> None:
+    """Puts the tensors of mode=export into a model, where a shared one was written once."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {unreadable(error)}") from error
     except RuntimeError as error:
         first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
         raise UserError(f"the weights in {str(path)!r} are of another model: {first}") from None

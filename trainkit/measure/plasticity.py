@@ -126,6 +126,20 @@ def stable_rank(features: Tensor) -> Tensor:
     return stable_rank_of(singular_values(features))
 
 
+def nuclear_norm(features: Tensor) -> Tensor:
+    """sum_i sigma_i / sqrt(samples) of features (samples, units): sum of the units' scales along the main directions.
+
+    Divided so that it does not grow with the number of samples; between sqrt(E‖f‖²), where all rows point one way, and
+    sqrt(rank · E‖f‖²), where no direction stands out.
+    """
+    return nuclear_norm_of(singular_values(features), len(features))
+
+
+def nuclear_norm_of(values: Tensor, samples: int) -> Tensor:
+    """nuclear_norm, of the singular values of so many samples."""
+    return values.sum() / samples**0.5
+
+
 def srank_of(values: Tensor, delta: float = 0.01) -> Tensor:
     """srank, of singular values (k,), the largest first."""
     total = values.sum()

@@ -36,6 +36,24 @@ def block_influence(hidden: Tensor, n: int = 1) -> Tensor:
     return (1 - (_unit(before) * _unit(after)).sum(-1)).mean((-2, -1))
 
 
+def angular_distances(hidden: Tensor, *, tokens: str = "all") -> Tensor:
+    """D[l, m] = mean over tokens of angle(h_l, h_m) / pi for all pairs of layers: (L, L), symmetric, float64.
+
+    Row l, column l + n is angular_distance(hidden, n)[l], the matrix of Gromov et al. 2024; `tokens` as there. From
+    one product of unit vectors per token, in float64 (float32 where the device has no other), where a cosine tells
+    angles above 1e-8.
+    """
+    if tokens not in ("all", "last"):
+        raise ValueError(f"tokens is all or last; got {tokens!r}")
+    if hidden.dim() != 4:
+        raise ValueError(f"hidden states are (L, B, T, C); got the shape {tuple(hidden.shape)}")
+    units = _unit(hidden if tokens == "all" else hidden[:, :, -1:]).flatten(1, 2).transpose(0, 1)  # (tokens, L, C)
+    units = units.to(torch.float32 if hidden.device.type == "mps" else torch.float64)
+    units = torch.nn.functional.normalize(units, dim=-1)  # once more, as float32 leaves 1e-7 of the length
+    found = (units @ units.mT).clamp(-1, 1).arccos().mean(0) / math.pi
+    return found.fill_diagonal_(0)
+
+
 def channel_variance(hidden: Tensor) -> Tensor:
     """mean over tokens of the variance over channels, (1/C) sum_c (h_c - mean_c h)², biased: (…).
 
@@ -89,6 +107,16 @@ def residual_sinks(hidden: Tensor) -> tuple[Tensor, Tensor]:
     A few channels that stand out at all layers are residual sinks (arXiv:2601.22966).
     """
     return _wide(hidden).flatten(0, -2).abs().mean(0).sort(descending=True)
+
+
+def sink_share(magnitudes: Tensor, share: float = 0.01) -> Tensor:
+    """How much of sum_c m_c the largest `share` of the channels hold, at least one channel: 0-d.
+
+    magnitudes: (C,), mean |h| of each channel. About `share` where no channel stands out, near 1 where a few residual
+    sinks carry the stream; 0 for zeros.
+    """
+    largest = magnitudes.topk(max(1, round(share * len(magnitudes)))).values.sum()
+    return torch.where(magnitudes.sum() == 0, 0.0, largest / magnitudes.sum())
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:

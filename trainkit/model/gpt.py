@@ -54,6 +54,7 @@ class GPT(Decoder):
         self.position = nn.Embedding(context, width)
         nn.init.normal_(self.position.weight, std=0.02)
 
-    def features(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+    def features(self, tokens: Tensor, start: int = 0) -> Tensor:
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens) + self.position(positions)
         return F.dropout(x, self.dropout, self.training)

@@ -24,6 +24,7 @@ class BatchChannelNorm(nn.Module):
     """
 
     leaks = True
+    leaks_in_eval = True
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ class ContinualNorm(BatchNorm):
     Raises ValueError where groups does not divide the width.
     """
 
+    leaks_in_eval = True
+
     def __init__(
         self,
         width: int,

@@ -60,6 +60,7 @@ class EvoNormS(Activating):
     """
 
     leaks = True
+    leaks_in_eval = True
     idle = False  # without activation the identity in place of act(x) / sqrt(var + eps)
 
     def __init__(self, width: int, *, axis: int, groups: int, eps: float, activation: bool):

@@ -23,6 +23,8 @@ class EvoNormB0(Activating, Stateful):
     pytorch-image-models. The first axis is the samples; tokens leak the future, in eval too (var_i).
     """
 
+    leaks_in_eval = True
+
     def __init__(
         self,
         width: int,

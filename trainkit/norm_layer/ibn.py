@@ -20,6 +20,7 @@ class IBN(nn.Module):
     """
 
     leaks = True
+    leaks_in_eval = True
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class InstanceNorm(nn.Module):
     """
 
     leaks = True
+    leaks_in_eval = True
 
     def __init__(self, width: int, *, axis: int = -1, eps: float = 1e-5, affine: bool = True):
         super().__init__()

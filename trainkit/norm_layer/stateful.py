@@ -49,7 +49,7 @@ class Stateful(nn.Module):
     A leaf names the buffers that its training forward reads (`reads`), calls `expect_statistics` in its constructor,
     `read` and `observe` in a training forward, `observe_gradient` in the backward, and provides `update` and
     `update_gradient`. `leaks`: in training a position's output depends on later positions, so a causal model sees its
-    future.
+    future; `leaks_in_eval`, of any norm layer: in eval too.
     """
 
     leaks = True

@@ -16,6 +16,8 @@ GROUPS = {
     "schedule": "Schedules",
     "gradient": "Gradient treatments",
     "projection": "Weight projections",
+    "learner": "Continual learners",
+    "continual": "Strategies for batch norm and plasticity",
     "data": "Data",
     "task": "Tasks",
 }

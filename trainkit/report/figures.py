@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainkit.report import accuracy_matrix, layers, plasticity
+from trainkit.report import accuracy_matrix, angular_distance, layers, plasticity
 from trainkit.report.canvas import Canvas, whole_ticks, write_csv
+from trainkit.report.deletion import deletion
+from trainkit.report.hidden import hidden
+from trainkit.report.learning_rate import learning_rate
 from trainkit.report.metrics_file import Row, read, series
 
 BLUE, ORANGE = "#4c78a8", "#d9541e"
@@ -14,19 +17,28 @@ BLUE, ORANGE = "#4c78a8", "#d9541e"
 def draw(metrics: str | Path, folder: str | Path, title: str = "") -> list[Path]:
     """Draws into `folder` what the metrics file has the numbers for, with a .csv beside each; returns the pictures.
 
-    loss.png; where gradient norms were logged also grad_norm_heatmap.png and grad_norm_profile.png; where weight norms
-    were, weights.png; where accuracy_matrix.csv stands beside the metrics file, accuracy_matrix.png.
+    loss.png and learning_rate.png; where gradient norms were logged also grad_norm_heatmap.png and
+    grad_norm_profile.png; where weight norms were, weights.png; where activations were looked at, hidden_variance.png
+    and deletion.png; where accuracy_matrix.csv or angular_distance.csv stand beside the metrics file, a picture of it.
     """
-    rows, folder, matrix = read(metrics), Path(folder), Path(metrics).with_name("accuracy_matrix.csv")
+    rows, folder, run = read(metrics), Path(folder), Path(metrics).parent
     pictures = [loss(rows, folder, title)] if any("train/loss" in row or "val/loss" in row for row in rows) else []
+    if any("lr" in row for row in rows):
+        pictures.append(learning_rate(rows, folder, title))
     by_layer = layers.collect(rows)
     if by_layer is not None:
         pictures += [layers.heatmap(by_layer, rows, folder, title), layers.profile(by_layer, rows, folder, title)]
     by_panel = plasticity.collect(rows)
     if by_panel is not None:
         pictures.append(plasticity.weights(by_panel, rows, folder, title))
-    if matrix.is_file():
-        pictures.append(accuracy_matrix.heatmap(matrix, folder, title))
+    pictures += [picture for picture in (hidden(rows, folder, title), deletion(rows, folder, title)) if picture]
+    for name, picture_of in (
+        ("accuracy_matrix", accuracy_matrix.heatmap),
+        ("angular_distance", angular_distance.matrix),
+    ):
+        table = run / f"{name}.csv"
+        if table.is_file():
+            pictures.append(picture_of(table, folder, title))
     return pictures
 
 

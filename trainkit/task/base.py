@@ -126,8 +126,12 @@ class Task(LightningModule):
         if self.replay is None:
             self.before_micro_batch(place)
         stepping = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        self.due = stepping and self.due_at(self.step)
+
+    def due_at(self, step: int) -> bool:
+        """Whether what is recorded about an optimizer step is logged."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self.due = stepping and (self.step == 1 or self.step % every == 0 or self.step == self.total_steps)
+        return step == 1 or step % every == 0 or step == self.total_steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         first = self.replay is None or self.replay.note(batch, batch_idx)
@@ -219,7 +223,7 @@ class Task(LightningModule):
         tensors = {name: value for name, value in self._records.items() if isinstance(value, Tensor)}
         self.metrics = {name: float(value) for name, value in self._records.items() if name not in tensors}
         if tensors:
-            widest = reduce(torch.promote_types, (t.dtype for t in tensors.values()), torch.float32)
+            widest = reduce(torch.promote_types, {t.dtype for t in tensors.values()}, torch.float32)
             stacked = torch.stack([t.detach().to(self.device, widest) for t in tensors.values()])
             if self.trainer.world_size > 1:
                 stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
@@ -231,7 +235,8 @@ class Task(LightningModule):
         """Writes numbers to every logger at the optimizer step done last, and where callbacks look for them."""
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32).unbind()
+        self.trainer.callback_metrics.update(dict(zip(metrics, values, strict=True)))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from trainkit.model.parts.generate import looking
 from trainkit.task.base import Task, wide
 
 
@@ -34,11 +35,12 @@ class LanguageModeling(Task):
 
     def on_fit_start(self) -> None:
         leaking = sorted({type(m).__name__ for m in self.model.modules() if getattr(m, "leaks", False)})
+        lasting = looking(self.model)
         if leaking:
             rank_zero_warn(
                 f"{', '.join(leaking)} in a causal model leaks the future: in training its statistics run over the "
-                "sequence, so each position sees later ones and the training loss is too good. Evaluation, with "
-                "running statistics, does not leak."
+                "sequence, so each position sees later ones and the training loss is too good. Evaluation, "
+                + ("with running statistics, does not leak." if not lasting else f"by {', '.join(lasting)}, leaks too.")
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

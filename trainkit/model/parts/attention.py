@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainkit.model.parts.cache import Cache
 from trainkit.model.parts.linear import linear
 from trainkit.norm.placement import Placement, Site
 from trainkit.norm_layer.qk import qk_norm as norm_per_head
@@ -18,8 +19,11 @@ class Attention(nn.Module):
     kv_heads below heads shares each key and value among heads / kv_heads queries (grouped queries).
     rotation: (B, heads, T, head_dim) -> same, applied to q and k. The placement may put norms on q, k and v
     (sites "q", "k", "v" before the rotation, "q_rotated", "k_rotated" after it, each per head); under any other one
-    qk_norm puts its norm layer on queries and keys: "head", "full", or "none".
+    qk_norm puts its norm layer on queries and keys: "head", "full", or "none". With a `cache` attached, x are the
+    tokens after those that it holds; a rotation then also takes the position of the first, `start`.
     """
+
+    cache: Cache | None = None
 
     def __init__(
         self,
@@ -31,7 +35,7 @@ class Attention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         causal: bool = True,
-        rotation: Callable[[Tensor], Tensor] | None = None,
+        rotation: Callable[..., Tensor] | None = None,
         qk_norm: str = "none",
         std: float = 0.02,
         out_std: float = 0.02,
@@ -67,17 +71,29 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.rotation is not None:
-            q, k = self.rotation(q), self.rotation(k)
+            at = {} if self.cache is None else {"start": self.cache.length}
+            q, k = self.rotation(q, **at), self.rotation(k, **at)
+        q, k = self.q_rotated(q), self.k_rotated(k)
+        if self.cache is not None:
+            k, v = self.cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(
-            self.q_rotated(q),
-            self.k_rotated(k),
+            q,
+            k,
             v,
+            attn_mask=self.visible(q, k),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
+            is_causal=self.causal and q.shape[2] == k.shape[2],
             enable_gqa=self.kv_heads < self.heads,
         )
         y = self.out(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
+
+    def visible(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Which keys each query may see, (queries, keys), where the queries are the last of more tokens; else None."""
+        new, total = q.shape[2], k.shape[2]
+        if new == total or new == 1:
+            return None
+        return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
 
     @torch.no_grad()
     def scale_branch(self, *, first: float, last: float) -> None:

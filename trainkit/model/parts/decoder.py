@@ -8,6 +8,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from trainkit.model.parts.block import Block
+from trainkit.model.parts.cache import Cache
 from trainkit.model.parts.tract import first_layer as build_first_layer
 from trainkit.norm.placement import Placement, Site
 
@@ -17,8 +18,11 @@ class Decoder(nn.Module):
 
     attn and mlp build a sublayer for the site they get. `tie` shares the head's weights with the embedding;
     first_layer="tract" gives the embedding the weight gradient of TrAct (parts/tract.py).
-    A leaf may override `features`, embed(tokens) here, to add positions.
+    A leaf may override `features`, embed(tokens) here, to add positions. With a `cache` attached, the tokens are those
+    after the ones that it holds.
     """
+
+    cache: Cache | None = None
 
     def __init__(
         self,
@@ -52,19 +56,22 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.logit_norm = norm.inside(Site("logits", vocab, stream=width))
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, width)."""
+    def features(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """(B, T), at the positions from `start` -> (B, T, width)."""
         return self.embed(tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        length = tokens.shape[1]
+        start = 0 if self.cache is None else self.cache.length
+        length = start + tokens.shape[1]
         if length > self.context:
             raise ValueError(
                 f"the model reads at most {self.context} tokens at once; got {length}. Try model.context={length}"
             )
-        stream = self.before(self.features(tokens))
+        stream = self.before(self.features(tokens, start))
         for block in self.blocks:
             stream = block(stream)
+        if self.cache is not None:
+            self.cache.advance(tokens.shape[1])
         return self.logit_norm(self.head(self.after(stream)))
 
     def flops_per_token(self, length: int) -> int:

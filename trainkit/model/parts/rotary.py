@@ -7,8 +7,9 @@ from torch import Tensor, nn
 class Rotary(nn.Module):
     """Turns the pair (x_i, x_{i + D/2}) of every head by the angle t · base^(-2i/D), t the token's position.
 
-    x: (B, heads, T, D) -> same. The pairing by halves is that of the LLaMA weights on the hub. The tables are
-    computed once, in float64, and follow the module's dtype and device; they are not part of the state.
+    x: (B, heads, T, D), at the positions from `start` -> same. The pairing by halves is that of the LLaMA weights on
+    the hub. The tables are computed once, in float64, and follow the module's dtype and device; they are not part of
+    the state.
     """
 
     cos: Tensor
@@ -33,8 +34,8 @@ class Rotary(nn.Module):
                 setattr(self, name, table.to(buffer.device))
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[-2]
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        end = start + x.shape[-2]
+        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
