@@ -40,6 +40,9 @@ def test_each_number_is_its_definition(tasks, full):
     expected = {
         "final_average_accuracy": mean(last),
         "average_anytime_accuracy": mean(mean(R[t][: t + 1]) for t in range(tasks)),
+        "learning_accuracy": mean([*first, last[-1]]),
+        "first_learned": R[0][0],
+        "last_learned": R[tasks - 1][tasks - 1],
         "forgetting_avalanche": mean(a - b for a, b in zip(first, last, strict=False)),
         "forgetting_chaudhry": mean(a - b for a, b in zip(best, last, strict=False)),
         "bwt_mammoth": mean(b - a for a, b in zip(first, last, strict=False)),
@@ -102,6 +105,9 @@ def test_the_summary_has_what_is_defined():
     assert set(continual.summary(tensor([[70.0]]), tensor([1.0]), torch.tensor([5]))) == {
         "final_average_accuracy",
         "average_anytime_accuracy",
+        "learning_accuracy",
+        "first_learned",
+        "last_learned",
         "stream_accuracy_avalanche",
     }
 

@@ -43,6 +43,7 @@ def test_in_mid_stream_the_numbers_are_of_the_tasks_so_far():
     first = filled(cells={(0, 0): (9, 10)}).compute()
     assert {name: float(value) for name, value in first.items()} == {
         "final_average_accuracy": 0.9, "average_anytime_accuracy": 0.9, "stream_accuracy_avalanche": 0.9,
+        "learning_accuracy": 0.9, "first_learned": 0.9, "last_learned": 0.9,
     }  # fmt: skip
     second = filled(cells={cell: counts for cell, counts in COUNTS.items() if cell[0] < 2}).compute()
     assert float(second["final_average_accuracy"]) == pytest.approx((0.5 + 0.8) / 2)
@@ -63,7 +64,7 @@ def test_forward_transfer_needs_the_untrained_network_and_the_tasks_to_come():
 
 def test_a_joint_stream_has_only_its_last_row():
     found = filled(cells={(2, k): (8, 10) for k in range(3)}).compute()
-    assert set(found) == {"final_average_accuracy", "stream_accuracy_avalanche"}
+    assert set(found) == {"final_average_accuracy", "last_learned", "stream_accuracy_avalanche"}
 
 
 def test_it_is_saved_and_goes_on(tmp_path):

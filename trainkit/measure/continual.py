@@ -25,6 +25,21 @@ def average_anytime_accuracy(R: Tensor) -> Tensor:
     return torch.stack([row[: t + 1].mean() for t, row in enumerate(_square(R))]).mean()
 
 
+def learning_accuracy(R: Tensor) -> Tensor:
+    """mean_k R[k, k]: every task right after it was trained (Riemer et al. 2019, MER)."""
+    return torch.diagonal(_square(R)).mean()
+
+
+def first_learned(R: Tensor) -> Tensor:
+    """R[0, 0]: beside last_learned, whether the network can still learn what it could at first."""
+    return _square(R)[0, 0]
+
+
+def last_learned(R: Tensor) -> Tensor:
+    """R[T-1, T-1]."""
+    return _square(R)[-1, -1]
+
+
 def forgetting_mammoth(R: Tensor, zero_shot: Tensor | None = None) -> Tensor:
     """mean_{k<T-1} (max_t A[t, k] - R[T-1, k]), A = R[t, k] for k <= t, zero_shot[t] for k = t + 1, 0 beyond.
 
@@ -89,6 +104,9 @@ def summary(R: Tensor, random: Tensor, samples: Tensor) -> dict[str, Tensor]:
     found = {
         "final_average_accuracy": final_average_accuracy(R),
         "average_anytime_accuracy": average_anytime_accuracy(R),
+        "learning_accuracy": learning_accuracy(R),
+        "first_learned": first_learned(R),
+        "last_learned": last_learned(R),
         "stream_accuracy_avalanche": stream_accuracy_avalanche(R, samples),
         "forgetting_mammoth": forgetting_mammoth(R),
         "forgetting_avalanche": forgetting_avalanche(R),

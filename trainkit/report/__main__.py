@@ -10,6 +10,7 @@ from pathlib import Path
 USAGE = """\
 usage: python -m trainkit.report DIR [--out FILE]                a sweep or a run: writes DIR/report.html
        python -m trainkit.report compare RUN RUN … [--out FILE]  runs side by side: writes ./report.html
+       python -m trainkit.report figure DIR METRIC … [--out PNG] metrics of a sweep by step, as a picture
        python -m trainkit.report {catalogue,claims,schedule WORDS,wandb_sweep WORDS}"""
 
 
@@ -25,6 +26,10 @@ def main(argv: list[str]) -> int:
         from trainkit.report import wandb_sweep
 
         return wandb_sweep.main(argv[1:])
+    if argv[0] == "figure":
+        from trainkit.report import sweep_figure
+
+        return sweep_figure.main(argv[1:])
     if argv[0] == "claims":
         from trainkit.report import claims
 
