@@ -14,14 +14,25 @@ from trainkit.task.base import Task
 
 
 def probe(loader: Any, samples: int) -> list[Any]:
-    """Batches with about so many samples, spread evenly over those that the loader has."""
-    size = next((len(batch if isinstance(batch, Tensor) else batch[0]) for batch in loader), 0)
+    """So many samples, or all, in batches spread evenly over those that the loader has."""
+    size = next((_samples(batch) for batch in loader), 0)
     if not size:
         raise ValueError("the probe is made of validation samples, and there are none. Check the data")
     count = len(loader)
     wanted = min(count, -(-samples // size))
     chosen = {(2 * k + 1) * count // (2 * wanted) for k in range(wanted)}
-    return list(compress(loader, (number in chosen for number in range(count))))
+    taken = compress(loader, (number in chosen for number in range(count)))
+    most = -(-samples // wanted)
+    return [_first(batch, most) if _samples(batch) > most else batch for batch in taken]
+
+
+def _samples(batch: Any) -> int:
+    return len(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def _first(batch: Any, most: int) -> Any:
+    """The first samples of a batch: the first axis of each of its tensors."""
+    return batch[:most] if isinstance(batch, Tensor) else type(batch)(part[:most] for part in batch)
 
 
 def publish(

@@ -252,6 +252,7 @@ def test_the_probe_is_spread_over_the_set():
     assert [int(b[0]) for b in probe(batches, 8)] == [2, 7]
     assert [int(b[0]) for b in probe(batches, 9)] == [1, 5, 8]
     assert len(probe(batches, 1)) == 1
+    assert sum(len(batch) for batch in probe(batches, 2)) == 2
     assert len(probe(batches, 1000)) == 10
     assert len(probe([(b, b) for b in batches], 8)) == 2
     with pytest.raises(ValueError, match="validation samples"):

@@ -64,7 +64,9 @@ def test_a_step_is_measured_whole_and_only_when_it_is_due(tmp_path, accumulate):
 def test_the_noise_is_that_of_the_micro_batches(tmp_path):
     spy = Spy()
     fit(tmp_path, [Updates(), spy], accumulate_grad_batches=4)
-    for row in rows(tmp_path, "gradient_noise/trace"):
+    found = rows(tmp_path, "gradient_noise/trace")
+    assert found
+    for row in found:
         micro = torch.stack(spy.micro[row["step"]])
         trace = micro.var(0, correction=1).sum() * 8  # of a sample: a micro-batch has 8
         square = micro.mean(0).square().sum() - trace / 32

@@ -1,5 +1,6 @@
 """Claims: what counts as confirmed, each measure by hand, and that every file of conf says all that is needed."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_the_same_is_within_a_margin(b, verdict):
     assert judge(same, arms([3.0, 3.1, 3.2], b)).verdict == verdict
 
 
+def test_no_higher_may_be_lower():
+    kind = replace(CLAIM, expected={"b": "no higher"}, margin=0.05)
+    assert judge(kind, arms([3.0, 3.1, 3.2], [2.0, 2.1, 2.25])).verdict == "confirmed"
+    assert judge(kind, arms([3.0, 3.1, 3.2], [3.3, 3.4, 3.51])).verdict == "not confirmed"
+
+
+def test_arms_may_be_looked_at_with_one_value_for_all():
+    found = arms([3.0, 3.1, 3.2], [2.0, 2.1, 2.25])
+    found["b"] = replace(found["b"], best="0.1")
+    assert judge(CLAIM, found).arms["b"]["optimizer.lr"] == "0.1"
+    outcome = judge(replace(CLAIM, common=True), found)
+    assert [row["optimizer.lr"] for row in outcome.arms.values()] == ["0.2", "0.2"]
+    assert outcome.verdict == "confirmed"
+
+
 def test_an_arm_whose_runs_failed_is_not_judged_by_the_others():
     found = arms([3.0, 3.1, 3.2], [2.0, 2.1, 2.2])
     found["b"].runs["0.2", 1].status = "failed"  # its loss is no loss, so the other value of the grid is the best
@@ -88,7 +104,8 @@ def test_an_arm_whose_runs_failed_is_not_judged_by_the_others():
     assert again.best == "0.1"
     outcome = judge(CLAIM, {**found, "b": again})
     assert outcome.arms["b"]["failed"] == 1
-    gone = arm("b", "optimizer.lr", [run(math.nan, "0.1", s, "failed") for s in range(3)])
+    lost = [run(math.nan, "0.1", s, "failed", **{"val/loss": [2.5, 2.5]}) for s in range(3)]
+    gone = arm("b", "optimizer.lr", lost)  # and what was logged on the way does not count
     outcome = judge(CLAIM, {**found, "b": gone})
     assert outcome.verdict == "inconclusive"
     assert outcome.arms["b"]["loss"] is None
@@ -117,6 +134,8 @@ def test_measures_by_hand():
     assert value("spread", cap=2.0) == pytest.approx((1.0 + 2.0) / 2 - 1.0)
     assert value("failures", above=2.0) == 0.5
     assert value("steps_to") == pytest.approx(2 / 3)
+    assert measure_of({"name": "steps_to"})(one, 0, arm("f", "optimizer.lr", [run(0.5)])) == 2
+    assert math.isnan(measure_of({"name": "steps_to"})(one, 0, arm("f", "optimizer.lr", [run(2.0, status="failed")])))
     assert math.isnan(value("metric", of="nothing"))
     assert math.isnan(value("over_depth", of="nothing"))
 
@@ -137,7 +156,7 @@ def test_every_claim_of_conf_is_whole():
         ({"seeds": [0, 1]}, "at least 3 seeds"),
         ({"grid": {}}, "one key"),
         ({"expected": {"c": "lower"}}, "compared with a"),
-        ({"expected": {"b": "less"}}, "lower, higher, same"),
+        ({"expected": {"b": "less"}}, "lower, higher, same, no higher"),
         ({"expected": {"b": "same"}}, "margin"),
         ({"measure": {"name": "magic"}}, "got 'magic'"),
     ],
@@ -153,10 +172,45 @@ def test_the_page_shows_every_number_and_names_what_is_not_measured(tmp_path, mo
     claims.keep(CLAIM, judge(CLAIM, found), found, tmp_path / "claims" / "example.json")
     text = claims_page.page(["example", "later"])
     assert "✓ confirmed" in text
-    assert "| `norm=peri` | 0.2 |" in text
+    assert "| `norm=peri` | 0.2 (edge) |" in text
     assert "Not measured yet: `later`." in text
 
 
 def test_names_that_are_none_are_told(capsys):
     assert claims.main(["nonsense"]) == 2
     assert "no such claim: nonsense" in capsys.readouterr().err
+
+
+def test_runs_of_another_claim_are_not_taken_for_it(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(claims.subprocess, "run", lambda command, **_: started.append(command))
+    found = read(claims.FOLDER / "linear_decay.yaml")
+    claims.run(found, tmp_path, 1)
+    assert [word for word in started[0] if word.startswith("schedule=")] == ["schedule=cosine"]
+    assert len(started) == 2
+    for name in found.arms:
+        (tmp_path / name / "sweep.json").write_text('{"jobs": [{"status": "finished"}]}')
+    claims.run(found, tmp_path, 1)
+    assert len(started) == 2
+    with pytest.raises(ValueError, match="has changed since its runs"):
+        claims.run(replace(found, seeds=[0, 1, 2, 3]), tmp_path, 1)
+
+
+def test_only_what_ended_or_diverged_is_a_result(tmp_path):
+    for name in CLAIM.arms:
+        jobs = [
+            {"overrides": [f"optimizer.lr={lr}", f"seed={seed}"], "status": "finished"}
+            for lr in (0.1, 0.2)
+            for seed in CLAIM.seeds
+        ]
+        for number in range(6):
+            (tmp_path / name / str(number)).mkdir(parents=True)
+            (tmp_path / name / str(number) / "result.json").write_text('{"status": "finished"}')
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert claims.gather(CLAIM, tmp_path) is not None
+    last = tmp_path / "b" / "5" / "result.json"
+    for reason, counts in (("NonFiniteLoss: at step 3", True), ("OSError: the disk is full", False)):
+        last.write_text(json.dumps({"status": "failed", "reason": reason}))
+        jobs[5]["status"] = "failed"
+        (tmp_path / "b" / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+        assert (claims.gather(CLAIM, tmp_path) is not None) == counts

@@ -348,7 +348,7 @@ def test_mistakes_in_the_command_are_told_with_exit_code_2(tmp_path):
         ([], "usage: python -m trainkit.report DIR"),
         (["nowhere"], "'nowhere' is no directory"),
         (["compare"], "the following arguments are required: DIR"),
-        (["a", "b"], "unrecognized arguments: b"),
+        ([".", "b"], "unrecognized arguments: b"),
         ([".", "--out", "page.txt"], "name it *.html"),
         ([".", "--ouf", "x.html"], "unrecognized arguments"),
     ):

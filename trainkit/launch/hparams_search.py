@@ -87,6 +87,8 @@ def rates(search: Search | None, typed: Sequence[Override]) -> list[str]:
         return []
     key = search["key"]
     mine = next((word for word in reversed(typed) if word.key_or_group == key), None)
+    if mine is not None and (mine.is_add() or mine.is_force_add()):
+        raise UserError(f"{mine.input_line}: {key} is there already; write {(mine.input_line or '').lstrip('+')}")
     if mine is None:
         return [f"{key}={','.join(text(rate) for rate in search['lr'])}"]
     if not mine.is_sweep_override():

@@ -122,6 +122,9 @@ def layout(cfg: DictConfig, state: State) -> tuple[dict[str, Any], State]:
             f"export.format=hf writes model=gpt and model=llama; this run's is {cfg.choices.get('model', target)}",
             "export.format=trainkit takes every model",
         )
+    continual = cfg.choices.get("continual", "none")
+    if continual != "none":  # it has put layers of its own into the model
+        raise UserError(f"export.format=hf: continual={continual} has no layout there", "try export.format=trainkit")
     if cfg.get("to"):
         raise UserError(f"export.format=hf: the form to={cfg.to} has no layout there", "try export.format=trainkit")
     kind, config_of, tensors_of = WRITERS[target]

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -49,7 +48,7 @@ from trainkit.optimizer.partition import describe
 from trainkit.report.metrics_file import readable
 from trainkit.task.base import Task
 
-PROBE = 2  # validation batches whose activations mode=eval measures
+PROBE = 8  # validation samples whose activations mode=eval measures
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,24 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
         if primary:
             result = {"status": "finished", "run": str(directory), "overrides": overrides, "metrics": metrics}
             result |= {"ended": time.time(), "versions": versions.versions()}
-            # Of the activations, on the first validation batches: too many to show, and the task is on the CPU again.
-            result["measures"] = look(task, list(islice(data.val_dataloader(), PROBE)))
             rundir.write_json(target / "result.json", result)
             show(scores(metrics))
+            result["measures"] = _activations(task, data, trainer)  # too many to show
+            rundir.write_json(target / "result.json", result)
             log.info("written to %s, with %d measures of activations", target / "result.json", len(result["measures"]))
     return Result(target, metrics, "finished")
+
+
+def _activations(task: Task, data: LightningDataModule, trainer: Trainer) -> dict[str, float]:
+    """The measures of the activations on the first validation samples, on the device of the run."""
+    device = trainer.strategy.root_device
+    batch = next(iter(data.val_dataloader()))
+    few = [part[:PROBE] for part in batch] if isinstance(batch, (list, tuple)) else batch[:PROBE]
+    task.to(device)
+    try:
+        return look(task, [trainer.strategy.batch_to_device(few, device)])
+    finally:
+        task.cpu()
 
 
 # --- the parts ---------------------------------------------------------------------------------------------------

@@ -413,7 +413,7 @@ class Sweep:
         """A job that failed before its run began has told the console only: its log gets the traceback too."""
         path = self._log(number)
         written = path.read_text(errors="replace") if path.is_file() else ""
-        if said and said.strip().splitlines()[-1] not in written:
+        if said.strip() and said.strip().splitlines()[-1] not in written:
             with path.open("a") as file:
                 file.write(said)
 

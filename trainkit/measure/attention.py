@@ -21,7 +21,8 @@ def attention_logits(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    found = q.to(wide) @ k.to(wide).mT / q.shape[-1] ** 0.5
+    with torch.autocast(q.device.type, enabled=False):  # which would take the product in half precision
+        found = q.to(wide) @ k.to(wide).mT / q.shape[-1] ** 0.5
     if causal:
         hidden = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(1)
         found = found.masked_fill(hidden, -torch.inf)

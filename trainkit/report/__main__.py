@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         catalogue.main()
         return 0
     if argv[0] != "compare" and not argv[0].startswith("-") and not Path(argv[0]).exists():
-        print(f"{argv[0]!r} is neither a directory nor a command\n{USAGE}", file=sys.stderr)
+        print(f"{argv[0]!r} is no directory, and no command either\n{USAGE}", file=sys.stderr)
         return 2
     from trainkit.report import page
 

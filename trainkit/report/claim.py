@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from trainkit.report import claim_measures
 from trainkit.report.claim_measures import Arm
 from trainkit.report.collect import Run
 
-DIRECTIONS = {"lower": -1, "higher": 1, "same": 0}
-LOSS = "val/loss"
+DIRECTIONS = ("lower", "higher", "same", "no higher")
+WITHIN = ("same", "no higher")  # up to the margin
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Claim:
     claim, source: in words; shown: what the measured number is, with its unit. arms: {name: words of run.py}, the first
     one is what the others are compared with. grid: {key: values}, the same for every arm, which is then looked at with
     the value of its lowest mean validation loss. seeds: shared by all arms, so that differences are paired.
-    measure: the name of a function in claim_measures and its arguments. expected: {arm: lower, higher or same}, what
-    the statement says of that arm's number beside the first arm's; margin: differences that count as the same.
+    measure: the name of a function in claim_measures and its arguments. expected: {arm: lower, higher, same or no
+    higher}, what the statement says of that arm's number beside the first arm's; margin: differences that count as the
+    same. common: all arms are looked at with one value of the grid, that of the lowest loss over all of them: for what
+    depends on the grid by itself, such as the norms of weights on the learning rate.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Claim:
     measure: dict[str, Any]
     expected: dict[str, str]
     margin: float = 0.0
+    common: bool = False
     caveat: str = ""
 
     def __post_init__(self) -> None:
@@ -49,11 +52,11 @@ class Claim:
             raise ValueError(f"{where}: the grid has one key; got {list(self.grid)}")
         if not self.expected or set(self.expected) - set(others):
             raise ValueError(f"{where}: expected is about {others}, compared with {first}; got {list(self.expected)}")
-        unknown = set(self.expected.values()) - set(DIRECTIONS)
+        unknown = set(self.expected.values()).difference(DIRECTIONS)
         if unknown:
             raise ValueError(f"{where}: expected is one of {', '.join(DIRECTIONS)}; got {', '.join(unknown)}")
-        if ("same" in self.expected.values()) != (self.margin > 0):
-            raise ValueError(f"{where}: a margin belongs to `same`, and `same` needs one; got margin={self.margin}")
+        if bool(set(WITHIN) & set(self.expected.values())) != (self.margin > 0):
+            raise ValueError(f"{where}: {' and '.join(WITHIN)} need a margin, and nothing else; got {self.margin}")
         measure_of(self.measure)
 
     @property
@@ -86,8 +89,9 @@ def measure_of(node: Mapping[str, Any]) -> Callable[[Arm, int, Arm], float]:
 class Outcome:
     """What the runs say. arms: a row each; differences: {arm: (mean, half width of the 95 % interval)}.
 
-    verdict: confirmed where every interval lies wholly on the expected side of 0 (for `same`, within the margin); not
-    confirmed where one lies wholly elsewhere; inconclusive otherwise, and where a number is missing.
+    verdict: confirmed where every interval lies wholly on the expected side of 0 (for `same`, within the margin;
+    for `no higher`, below it); not confirmed where one lies wholly elsewhere; inconclusive otherwise, and where a
+    number is missing, as it is of a run that diverged.
     """
 
     verdict: str
@@ -98,19 +102,30 @@ class Outcome:
 def arm(name: str, key: str, runs: Sequence[Run]) -> Arm:
     """The runs of an arm by (value of the grid, seed); `best`: the value whose mean validation loss is lowest.
 
-    A run that did not finish has an infinite loss.
+    A run that diverged has an infinite loss.
     """
     found = {(run.words.get(key, ""), int(run.words.get("seed", "-1"))): run for run in runs}
     losses: dict[str, list[float]] = {}
     for (value, _), run in found.items():
         losses.setdefault(value, []).append(claim_measures.loss(run))
-    best = min(losses, key=lambda value: sum(losses[value]) / len(losses[value]), default="")
-    return Arm(name, found, best)
+    means = {value: sum(values) / len(values) for value, values in losses.items()}
+    return Arm(name, found, min(means, key=means.__getitem__, default=""))
+
+
+def at_one_value(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """The arms, all at the value of the grid whose mean loss over all of their runs is lowest."""
+    values = list(dict.fromkeys(value for arm in arms.values() for value, _ in arm.runs))
+    sums = {
+        v: sum(claim_measures.loss(r) for a in arms.values() for (w, _), r in a.runs.items() if w == v) for v in values
+    }
+    best = min(sums, key=sums.__getitem__, default="")
+    return {name: replace(arm, best=best) for name, arm in arms.items()}
 
 
 def judge(claim: Claim, arms: Mapping[str, Arm]) -> Outcome:
     """Measures every arm and compares each with the first, seed by seed."""
     measured = measure_of(claim.measure)
+    arms = at_one_value(arms) if claim.common else arms
     first = arms[next(iter(claim.arms))]
     numbers = {name: [measured(arms[name], seed, first) for seed in claim.seeds] for name in claim.arms}
     rows = {name: _row(claim, arms[name], values) for name, values in numbers.items()}
@@ -132,13 +147,13 @@ def judge(claim: Claim, arms: Mapping[str, Arm]) -> Outcome:
 def _side(claim: Claim, name: str, mean: float, width: float) -> bool | None:
     """Whether an interval is where the claim wants it; None where it is neither there nor wholly elsewhere."""
     low, high = mean - width, mean + width
-    sign = DIRECTIONS[claim.expected[name]]
-    if sign == 0:
-        if -claim.margin <= low and high <= claim.margin:
-            return True
-        return False if low > claim.margin or high < -claim.margin else None
-    low, high = sorted((sign * low, sign * high))
-    return True if low > 0 else False if high < 0 else None
+    fits, fails = {
+        "lower": (high < 0, low > 0),
+        "higher": (low > 0, high < 0),
+        "same": (-claim.margin <= low and high <= claim.margin, low > claim.margin or high < -claim.margin),
+        "no higher": (high <= claim.margin, low > claim.margin),
+    }[claim.expected[name]]
+    return True if fits else False if fails else None
 
 
 def _row(claim: Claim, arm: Arm, values: Sequence[float]) -> dict[str, Any]:
@@ -149,6 +164,7 @@ def _row(claim: Claim, arm: Arm, values: Sequence[float]) -> dict[str, Any]:
     return {
         "words": claim.arms[arm.name],
         claim.key: arm.best,
+        "edge": arm.best in (str(claim.grid[claim.key][0]), str(claim.grid[claim.key][-1])),
         "values": list(values),
         "measured": mean_and_interval(values) if finite else None,
         "loss": mean_and_interval(losses) if all(map(math.isfinite, losses)) else None,

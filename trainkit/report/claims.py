@@ -16,16 +16,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from trainkit.launch import rundir
 from trainkit.launch.machine import cores
 from trainkit.launch.sources import CONF, RUN
 from trainkit.launch.summary import clock
+from trainkit.launch.sweep import diverged
 from trainkit.launch.versions import versions
 from trainkit.report.claim import Claim, Outcome, arm, judge, read
 from trainkit.report.claim_measures import Arm
 from trainkit.report.claims_page import DOCS, page
-from trainkit.report.collect import collect
+from trainkit.report.collect import Run, collect
 
 FOLDER, LOGS = CONF / "experiment" / "claims", Path("logs", "claims")
 
@@ -48,14 +50,18 @@ def main(argv: list[str]) -> int:
         if not options.show:
             print(f"claim {number}/{len(claims)}  {claim.name}: {claim.claim}", flush=True)
             began = time.monotonic()
-            run(claim, LOGS / claim.name, options.jobs)
+            try:
+                run(claim, LOGS / claim.name, options.jobs)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
             print(f"claim {number}/{len(claims)}  {clock(time.monotonic() - began)}", flush=True)
         arms = gather(claim, LOGS / claim.name)
         if arms is None:
             missing.append(claim.name)
             continue
         outcome = judge(claim, arms)
-        keep(claim, outcome, arms, DOCS / "claims" / f"{claim.name}.json")
+        keep(claim, outcome, arms, DOCS / "claims" / f"{claim.name}.json", show=options.show)
         print(f"{claim.name:24} {outcome.verdict}")
     rundir.write_text(DOCS / "claims.md", page(known))
     print(DOCS / "claims.md")
@@ -87,16 +93,31 @@ def words(claim: Claim, name: str) -> list[str]:
 def run(claim: Claim, folder: Path, jobs: int) -> None:
     """Every arm's sweep; one that was begun goes on, one that is done is left alone.
 
-    A run that fails is a result: the arm has no loss there.
+    ValueError where the claim says something else than when its runs were made.
     """
     for name in claim.arms:
         where = folder / name
         record = rundir.read_json(where / "sweep.json").get("jobs", [])
-        if record and all(job.get("status") in ("finished", "failed") for job in record):
+        told, before = _said(claim, name), rundir.read_json(where / "claim.json")
+        if record and before != told:
+            raise ValueError(f"{claim.name} has changed since its runs in {where} were made; move that folder away")
+        rundir.make(where)
+        rundir.write_json(where / "claim.json", told)
+        if record and all(job.get("status") == "finished" for job in record):
             continue
         place = f"sweep.resume={where}" if record else f"paths.run_dir={where}"
         command = [sys.executable, str(RUN), "-m", *words(claim, name), f"sweep.jobs={jobs}", place]
         subprocess.run(command, cwd=Path.cwd(), check=False)
+
+
+def _said(claim: Claim, name: str) -> dict[str, Any]:
+    """What decides over an arm's runs: its words, and the configuration that they make."""
+    from trainkit.launch.preflight import check
+    from trainkit.launch.runconfig import plain
+
+    first = [word.partition(",")[0] for word in words(claim, name)]
+    config = plain(check(first).configs[0])
+    return {"words": words(claim, name), "config": {k: v for k, v in config.items() if k != "experiment"}}
 
 
 def gather(claim: Claim, folder: Path) -> dict[str, Arm] | None:
@@ -106,16 +127,22 @@ def gather(claim: Claim, folder: Path) -> dict[str, Arm] | None:
         runs = collect(folder / name).runs if (folder / name / "sweep.json").is_file() else []
         found[name] = arm(name, claim.key, runs)
         wanted = product(map(str, claim.grid[claim.key]), claim.seeds)
-        if not all((one := found[name].runs.get(key)) and one.status in ("finished", "failed") for key in wanted):
+        if not all((one := found[name].runs.get(key)) and _told_something(one) for key in wanted):
             return None
     return found
+
+
+def _told_something(run: Run) -> bool:
+    """Whether a run is a result: it reached its end, or its loss was no number any more. A full disk is none."""
+    return run.status == "finished" or diverged(run.result)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------
 
 
-def keep(claim: Claim, outcome: Outcome, arms: Mapping[str, Arm], path: Path) -> None:
-    """The claim, its numbers and where they come from, as JSON."""
+def keep(claim: Claim, outcome: Outcome, arms: Mapping[str, Arm], path: Path, *, show: bool = False) -> None:
+    """The claim, its numbers and where they come from, as JSON; show: nothing was run on this machine today."""
+    before = rundir.read_json(path)
     runs = [run for arm in arms.values() for run in arm.runs.values()]
     made = max((run.result for run in runs), key=lambda result: result.get("ended", 0.0), default={})
     record = {
@@ -123,7 +150,7 @@ def keep(claim: Claim, outcome: Outcome, arms: Mapping[str, Arm], path: Path) ->
         "outcome": asdict(outcome),
         "minutes": sum(run.seconds or 0.0 for run in runs) / 60,
         "date": time.strftime("%Y-%m-%d", time.localtime(made.get("ended", time.time()))),
-        "hardware": _hardware(),
+        "hardware": before.get("hardware", "") if show else _hardware(),
         "versions": made.get("versions") or versions(),
     }
     rundir.make(path.parent)

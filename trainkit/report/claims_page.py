@@ -24,8 +24,10 @@ def page(names: Iterable[str]) -> str:
         "Made by `python -m trainkit.report claims` (`make claims`) from `conf/experiment/claims`. Small models, short",
         "runs: what is not confirmed here may hold at scale, and the other way round. Every arm stands at its own best",
         "value of one grid, by mean validation loss; differences are paired by seed; ± is half the width of the 95 %",
-        "confidence interval (Student's t). A claim is confirmed where the interval of every difference lies wholly on",
-        "the claimed side, not confirmed where one lies wholly on another, and inconclusive otherwise.",
+        "confidence interval (Student's t). A claim is confirmed where the interval of every difference lies wholly",
+        "on the claimed side, not confirmed where one lies wholly on another, and inconclusive otherwise. A best value",
+        "at the edge of its grid is marked: a wider grid may change the verdict. Values of the grid are chosen by the",
+        "same runs that are then compared.",
         "",
         "| claim | verdict | runs | minutes |",
         "|---|---|---:|---:|",
@@ -60,7 +62,7 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
     for arm, row in outcome["arms"].items():
         cells = [
             f"`{' '.join(row['words'])}`",
-            row[key],
+            f"{row[key]}{' (edge)' if row['edge'] else ''}",
             _spread(row["measured"]),
             _spread(outcome["differences"].get(arm), sign=True),
             record["expected"].get(arm, ""),

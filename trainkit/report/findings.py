@@ -68,7 +68,7 @@ def find(runs: Sequence[Run]) -> Findings:
     for run in runs:
         values = tuple(run.words.get(key, "") for key in others)
         words = dict(zip(others, values, strict=True))
-        label = " ".join(f"{key}={value}" for key, value in words.items()) or (
+        label = " ".join(f"{key}={value}" for key, value in words.items() if value or key != "run") or (
             run.name if len(runs) == 1 else "all runs"
         )
         made.setdefault(values, Group(label, words, [])).runs.append(run)
@@ -93,11 +93,15 @@ def _words(run: Run) -> list[str]:
 
 
 def _tell_apart(runs: Sequence[Run]) -> None:
-    """Runs that were asked for the same words, seed included, are not a sample: each gets its name as a word."""
+    """Runs of the same words, seed included, are no sample: those of such a group get their names as a word."""
     counts = Counter(tuple(sorted(run.words.items())) for run in runs)
-    if any(count > 1 for count in counts.values()):
-        for run in runs:
-            run.words["run"] = run.name
+    twice = {_but_seed(run) for run in runs if counts[tuple(sorted(run.words.items()))] > 1}
+    for run in [run for run in runs if _but_seed(run) in twice]:
+        run.words["run"] = run.name
+
+
+def _but_seed(run: Run) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, value) for key, value in run.words.items() if key != SEED))
 
 
 def _spreads(found: Findings, name: str) -> list[Spread]:
@@ -152,7 +156,7 @@ def _against(found: Findings, best: Spread, second: Spread) -> str:
             return f"{lead} One seed each, so nothing is known of how far seeds spread."
         return f"{lead} They share fewer than two seeds, so their difference is not tested."
     mean, half, pairs = second.less
-    side = "below" if found.sign < 0 else "above"
+    side = "below" if mean > 0 else "above"  # by the seeds that both have, which the means need not agree with
     lead = f"That is {abs(mean):.4f} ± {width(half)} {side} {second.group.label}, the next best"
     test = f"differences paired by seed, {pairs} pairs, Student's t"
     clear = "an interval without zero" if abs(mean) > half else "an interval with zero: seeds alone could make it"

@@ -68,7 +68,8 @@ def draw(found: Collection, metrics: Sequence[str], picture: Path, *, log: bool 
                 axes.fill_between(one.steps, low, high, color=colour, alpha=0.16, lw=0)
                 values.append(one.mean)
             of_unit = f" ({unit(name)})" if unit(name) else ""
-            axes.set(xlabel="optimizer step", ylabel=f"{title(name)}{of_unit}")
+            kind, _, where = title(name).partition(" · ")
+            axes.set(xlabel="optimizer step", ylabel=f"{kind}{of_unit}", title=where)
             axes.grid(axis="y")
             whole_ticks(axes.xaxis)
             positive = np.concatenate(values)
