@@ -168,6 +168,7 @@ def test_every_option_composes_and_passes(tmp_path):
     stream = ["model=cnn", "data=split_digits"]
     needs["task=continual"] = stream
     needs |= {f"data={option}": stream[:1] for option in options_with("data.kind", "data", folders)}
+    needs |= {"hparams_search=optuna": ["mode=search"], "hparams_search=lr_sensitivity": ["-m"]}
     for word in words:
         check([word, *needs.get(word, stream if word.startswith(("continual=", "learner=")) else [])])
 
