@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainkit.report.by_block import collect, name_places
-from trainkit.report.canvas import GREY, Canvas, write_csv
+from trainkit.report.by_block import collect_kinds, name_places, write_looks
+from trainkit.report.canvas import GREY, Canvas
 from trainkit.report.metrics_file import Row
 
 BLUE = "#4c78a8"
@@ -23,12 +23,10 @@ def deletion(rows: list[Row], folder: Path, title: str) -> Path | None:
 
     None where no block was left out.
     """
-    found = {kind: one for kind in PANELS if (one := collect(rows, kind)) is not None}
+    found = collect_kinds(rows, PANELS)
     if "deletion_drop" not in found:
         return None
-    names = [f"{kind}/{place}" for kind, one in found.items() for place in one.places]
-    logged = [row for row in rows if any(name in row for name in names)]
-    write_csv(folder / "deletion.csv", ["step", *names], ([row["step"], *map(row.get, names)] for row in logged))
+    write_looks(folder / "deletion.csv", rows, found)
     with Canvas(
         len(found), width=1.6 + 5.4 * len(found), height=5.6, title=title, heading="What each block is worth"
     ) as canvas:

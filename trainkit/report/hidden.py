@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.report.by_block import ByBlock, collect, name_places
-from trainkit.report.canvas import MAP, Canvas, log_ticks, write_csv
+from trainkit.report.by_block import ByBlock, collect_kinds, name_places, write_looks
+from trainkit.report.canvas import MAP, Canvas, log_ticks
 from trainkit.report.layers import chosen_steps
 from trainkit.report.metrics_file import Row
 
@@ -21,12 +21,10 @@ def hidden(rows: list[Row], folder: Path, title: str) -> Path | None:
 
     hidden_variance.png, and hidden_variance.csv with all looks; None where no block's variance was logged.
     """
-    found = {kind: one for kind in PANELS if (one := collect(rows, kind)) is not None}
+    found = collect_kinds(rows, PANELS)
     if "hidden_variance" not in found:
         return None
-    names = [f"{kind}/{place}" for kind, one in found.items() for place in one.places]
-    logged = [row for row in rows if any(name in row for name in names)]
-    write_csv(folder / "hidden_variance.csv", ["step", *names], ([row["step"], *map(row.get, names)] for row in logged))
+    write_looks(folder / "hidden_variance.csv", rows, found)
     with Canvas(
         len(found), width=1.6 + 5.4 * len(found), height=5.6, title=title, heading="Hidden states by depth"
     ) as canvas:
