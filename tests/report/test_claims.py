@@ -147,7 +147,7 @@ def test_every_claim_of_conf_is_whole():
         found = read(file)
         assert len(found.arms) > 1
         for name in found.arms:
-            assert claims.words(found, name)[0] == f"experiment=claims/{file.stem}"
+            assert claims.words(found, name, Path("runs"))[0] == f"experiment=claims/{found.home}"
 
 
 @pytest.mark.parametrize(

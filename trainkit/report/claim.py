@@ -27,7 +27,8 @@ class Claim:
     measure: the name of a function in claim_measures and its arguments. expected: {arm: lower, higher, same or no
     higher}, what the statement says of that arm's number beside the first arm's; margin: differences that count as the
     same. common: all arms are looked at with one value of the grid, that of the lowest loss over all of them: for what
-    depends on the grid by itself, such as the norms of weights on the learning rate.
+    depends on the grid by itself, such as the norms of weights on the learning rate. runs_of: another claim, whose runs
+    are this one's, too. RUNS in a word stands for the folder of the claim's runs, one folder per arm.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Claim:
     margin: float = 0.0
     common: bool = False
     caveat: str = ""
+    runs_of: str = ""
 
     def __post_init__(self) -> None:
         where = f"experiment=claims/{self.name}"
@@ -62,6 +64,11 @@ class Claim:
     @property
     def key(self) -> str:
         return next(iter(self.grid))
+
+    @property
+    def home(self) -> str:
+        """The claim that the runs are named after."""
+        return self.runs_of or self.name
 
 
 def read(path: Path) -> Claim:

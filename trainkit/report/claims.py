@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
             print(f"claim {number}/{len(claims)}  {claim.name}: {claim.claim}", flush=True)
             began = time.monotonic()
             try:
-                run(claim, LOGS / claim.name, options.jobs)
+                run(claim, LOGS / claim.home, options.jobs)
             except ValueError as error:
                 print(error, file=sys.stderr)
                 return 2
             print(f"claim {number}/{len(claims)}  {clock(time.monotonic() - began)}", flush=True)
-        arms = gather(claim, LOGS / claim.name)
+        arms = gather(claim, LOGS / claim.home)
         if arms is None:
             missing.append(claim.name)
             continue
@@ -82,12 +82,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 # --- the runs ------------------------------------------------------------------------------------------------------
 
 
-def words(claim: Claim, name: str) -> list[str]:
-    """What run.py -m is told for one arm."""
+def words(claim: Claim, name: str, folder: Path) -> list[str]:
+    """What run.py -m is told for one arm; folder: of the claim's runs."""
     values = ",".join(map(str, claim.grid[claim.key]))
     seeds = ",".join(map(str, claim.seeds))
     fixed = ["logger=none", "trainer.threads=1"]
-    return [f"experiment=claims/{claim.name}", *claim.arms[name], f"{claim.key}={values}", f"seed={seeds}", *fixed]
+    own = [word.replace("RUNS", str(folder)) for word in claim.arms[name]]
+    return [f"experiment=claims/{claim.home}", *own, f"{claim.key}={values}", f"seed={seeds}", *fixed]
 
 
 def run(claim: Claim, folder: Path, jobs: int) -> None:
@@ -98,26 +99,27 @@ def run(claim: Claim, folder: Path, jobs: int) -> None:
     for name in claim.arms:
         where = folder / name
         record = rundir.read_json(where / "sweep.json").get("jobs", [])
-        told, before = _said(claim, name), rundir.read_json(where / "claim.json")
+        kept = folder / f"{name}.json"  # beside the sweep, which begins in a folder that is new or empty
+        told, before = _said(claim, name, folder), rundir.read_json(kept)
         if record and before != told:
             raise ValueError(f"{claim.name} has changed since its runs in {where} were made; move that folder away")
-        rundir.make(where)
-        rundir.write_json(where / "claim.json", told)
+        rundir.make(folder)
+        rundir.write_json(kept, told)
         if record and all(job.get("status") == "finished" for job in record):
             continue
         place = f"sweep.resume={where}" if record else f"paths.run_dir={where}"
-        command = [sys.executable, str(RUN), "-m", *words(claim, name), f"sweep.jobs={jobs}", place]
+        command = [sys.executable, str(RUN), "-m", *words(claim, name, folder), f"sweep.jobs={jobs}", place]
         subprocess.run(command, cwd=Path.cwd(), check=False)
 
 
-def _said(claim: Claim, name: str) -> dict[str, Any]:
+def _said(claim: Claim, name: str, folder: Path) -> dict[str, Any]:
     """What decides over an arm's runs: its words, and the configuration that they make."""
     from trainkit.launch.preflight import check
     from trainkit.launch.runconfig import plain
 
-    first = [word.partition(",")[0] for word in words(claim, name)]
+    first = [word.partition(",")[0] for word in words(claim, name, folder)]
     config = plain(check(first).configs[0])
-    return {"words": words(claim, name), "config": {k: v for k, v in config.items() if k != "experiment"}}
+    return {"words": words(claim, name, folder), "config": {k: v for k, v in config.items() if k != "experiment"}}
 
 
 def gather(claim: Claim, folder: Path) -> dict[str, Arm] | None:
