@@ -184,11 +184,13 @@ def test_names_that_are_none_are_told(capsys):
 def test_runs_of_another_claim_are_not_taken_for_it(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(claims.subprocess, "run", lambda command, **_: started.append(command))
-    found = read(claims.FOLDER / "linear_decay.yaml")
+    found = read(claims.FOLDER / "muon_steps.yaml")
+    found = replace(found, arms={name: found.arms[name] for name in ("adamw", "muon")}, expected={"muon": "lower"})
     claims.run(found, tmp_path, 1)
-    assert [word for word in started[0] if word.startswith("schedule=")] == ["schedule=cosine"]
+    assert [word for word in started[0] if word.startswith("optimizer=")] == ["optimizer=adamw"]
     assert len(started) == 2
     for name in found.arms:
+        (tmp_path / name).mkdir()
         (tmp_path / name / "sweep.json").write_text('{"jobs": [{"status": "finished"}]}')
     claims.run(found, tmp_path, 1)
     assert len(started) == 2
@@ -214,3 +216,21 @@ def test_only_what_ended_or_diverged_is_a_result(tmp_path):
         jobs[5]["status"] = "failed"
         (tmp_path / "b" / "sweep.json").write_text(json.dumps({"jobs": jobs}))
         assert (claims.gather(CLAIM, tmp_path) is not None) == counts
+
+
+@pytest.mark.slow
+def test_a_claim_is_run_judged_and_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_steps=2", "model.depth=1", "data.val_batches=1", "callbacks=none"]
+    of = {name: [f"optimizer={name}", *short] for name in ("adamw", "sinkgd")}
+    found = replace(read(claims.FOLDER / "sinkgd_memory.yaml"), arms=of, grid={"optimizer.lr": [0.01]})
+    claims.run(found, Path("runs"), 2)
+    arms = claims.gather(found, Path("runs"))
+    assert arms is not None
+    outcome = judge(found, arms)
+    assert outcome.verdict == "confirmed"
+    assert outcome.arms["sinkgd"]["optimizer_state_bytes"] < outcome.arms["adamw"]["optimizer_state_bytes"]
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
+    assert len(before) == 6
+    claims.run(found, Path("runs"), 2)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")} == before
