@@ -12,7 +12,7 @@ import yaml
 from trainkit.optimizer.partition import WORDS
 
 ROOT = Path(__file__).parents[1]
-STREAMS = ("stream", "tasks")  # every data=split_*, permuted_*, … is made of the same two
+STREAMS = ("task_stream", "tasks")  # every data=split_*, permuted_*, … is made of the same two
 PLUGINS = ("norm", "norm_layer", "schedule", "gradient", "projection", "continual", "learner", "data", "task")
 
 

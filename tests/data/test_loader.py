@@ -155,6 +155,20 @@ def test_workers_draw_ahead_and_end_with_the_pass():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_for_a_gpu_are_page_locked_by_threads_that_use_it(monkeypatch, workers):
+    """Both calls need a GPU, and are replaced."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((threading.current_thread().name, gpu)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1000)
+    trainer = rig(strategy=SimpleNamespace(root_device=torch.device("cuda", 3)))
+    batches = Share.of(trainer, 2, workers).drawn(partial(lambda i: (torch.tensor(i),), i) for i in range(20))
+    assert [int(batch[0]) for batch in batches] == list(range(1000, 1020))
+    assert {gpu for _, gpu in chosen} == ({torch.device("cuda", 3)} if workers else set())
+    assert all(name.startswith("data") for name, _ in chosen)  # the main thread is Lightning's to set
+    assert Share.of(rig(), 2, workers).pin is None
+
+
 def test_a_workers_error_reaches_the_run():
     def fail():
         raise OSError("the disk is gone")

@@ -79,7 +79,7 @@ def prepare(folder: Path, build: Callable[[Path], None]) -> Corpus:
         return corpus
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as alone:
+        with locked(folder) as alone:
             if corpus := find(folder):
                 return corpus
             for remains in folder.parent.glob(f".{folder.name}.*.partial") if alone else ():
@@ -89,10 +89,10 @@ def prepare(folder: Path, build: Callable[[Path], None]) -> Corpus:
             try:
                 build(partial)
                 for path in (*partial.iterdir(), partial):
-                    _sync(path)
+                    sync(path)
                 shutil.rmtree(folder, ignore_errors=True)  # one that was cut short
                 partial.rename(folder)
-                _sync(folder.parent)
+                sync(folder.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -106,7 +106,7 @@ def prepare(folder: Path, build: Callable[[Path], None]) -> Corpus:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Holds a lock on the corpus; False where the file system has no locks (renaming stays safe without)."""
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
         try:
@@ -121,7 +121,7 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield held
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

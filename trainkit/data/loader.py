@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -21,7 +22,8 @@ AHEAD = 2  # batches per worker that wait to be used
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of an optimizer step; micro_batch: items per forward pass; pin: in page-locked memory.
+    """One process's part of an optimizer step; micro_batch: items per forward pass; pin: the GPU that batches wait for
+    in page-locked memory, from which they are copied to it while it computes; None: they stay where they are.
 
     workers: threads that draw the next batches meanwhile; 0: each batch is drawn when it is asked for. Threads, as what
     takes the time, copying out of large arrays, leaves Python's lock to others; nothing has to be sent to them.
@@ -31,7 +33,7 @@ class Share:
     world: int = 1
     rank: int = 0
     accumulation: int = 1
-    pin: bool = False
+    pin: torch.device | None = None
     workers: int = 0
 
     @classmethod
@@ -48,7 +50,8 @@ class Share:
                 f"data.batch_size={batch_size} must be a multiple of {world} processes x "
                 f"trainer.accumulate_grad_batches={accumulation}; try {(micro_batch + 1) * world * accumulation}"
             )
-        pin = trainer.strategy.root_device.type == "cuda"
+        device = trainer.strategy.root_device
+        pin = device if device.type == "cuda" else None
         return cls(micro_batch, world, trainer.global_rank, accumulation, pin, workers)
 
     @property
@@ -75,7 +78,7 @@ class Share:
         return share if share.batch_size > self.batch_size else self
 
     def pinned(self, batch: Some) -> Some:
-        if not self.pin:
+        if self.pin is None:
             return batch
         moved = [part.pin_memory() for part in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)  # a NamedTuple, or a tuple
@@ -87,7 +90,9 @@ class Share:
             yield from (self.pinned(draw()) for draw in draws)
             return
         waiting: deque[Future[Some]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
+        # A new thread uses the first GPU, where page-locking would take memory for every process.
+        begin = partial(torch.cuda.set_device, self.pin) if self.pin is not None else None
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data", initializer=begin)
         try:
             for draw in draws:
                 waiting.append(pool.submit(lambda draw=draw: self.pinned(draw())))

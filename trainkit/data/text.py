@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
 
 from trainkit.data.documents import Document
+from trainkit.data.paths import files_at
 from trainkit.data.tokens import Tokens
 
 ROWS = (".jsonl", ".parquet")
@@ -31,16 +29,16 @@ class Text(Tokens):
     field: str = "text"
 
     def fingerprint(self) -> list:
-        stats = [(name, str(path.resolve()), path.stat()) for name, path in self._files()]
+        stats = [(name, str(path.resolve()), path.stat()) for name, path in self.files()]
         return [self.field, [(name, path, stat.st_size, stat.st_mtime_ns) for name, path, stat in stats]]
 
     def size(self) -> int | None:
-        files = self._files()
+        files = self.files()
         compressed = any(path.suffix in ROWS for _, path in files)
         return None if compressed else sum(path.stat().st_size for _, path in files)
 
     def documents(self) -> Iterator[Document]:
-        for name, path in self._files():
+        for name, path in self.files():
             if path.suffix == ".jsonl":
                 yield from self._rows_of_jsonl(path)
             elif path.suffix == ".parquet":
@@ -49,26 +47,12 @@ class Text(Tokens):
                 with open(path, "rb") as file:
                     yield Document(name.encode(), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def _files(self) -> list[tuple[str, Path]]:
-        """The files that are not empty, with the names that their part is drawn by: relative to the folder given."""
-        given = os.path.expanduser(self.path)
-        root, paths = Path(given), [Path(given)]
-        if root.is_dir():
-            paths = [path for path in root.rglob("*") if not _hidden(path.relative_to(root))]
-        elif root.is_file():
-            root = root.parent
-        elif glob.has_magic(given):
-            root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
-            paths = [Path(found) for found in glob.glob(given, recursive=True)]
-        else:
-            raise ValueError(f"data.path must be a file, a folder or a glob; {given} does not exist{_suggestion(root)}")
-        files = [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file() and path.stat().st_size]
+    def files(self) -> list[tuple[str, Path]]:
+        """The files that are not empty, with the names that their part is drawn by."""
+        files = [(name, path) for name, path in files_at(self.path) if path.stat().st_size]
         if not files:
             raise ValueError(f"data.path={self.path} must hold text; there is no file in it that is not empty")
-        closed = [path for _, path in files if not os.access(path, os.R_OK)]
-        if closed:
-            raise ValueError(f"data.path={self.path} must be readable; {closed[0]} is not. Change its permissions")
-        return sorted(files)
+        return files
 
     def _rows_of_jsonl(self, path: Path) -> Iterator[Document]:
         with open(path, "rb") as file:
@@ -114,17 +98,3 @@ def no_field(field: str, columns: list[str], where: str) -> str:
     close = get_close_matches(field, columns, n=1) or columns[:1]
     remedy = f" Try data.field={close[0]}" if close else ""
     return f"data.field={field} must be a column of {where}; it has {', '.join(columns) or 'no columns'}.{remedy}"
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _suggestion(missing: Path) -> str:
-    """What stands in the nearest folder that does exist under a similar name."""
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    close = get_close_matches(missing.name, sorted(os.listdir(missing.parent)), n=1, cutoff=0.5)
-    if close:
-        return f". Did you mean {missing.parent / close[0]}?"
-    return f", and there is nothing of a similar name in {missing.parent.resolve()}. A path starts at {Path.cwd()}"

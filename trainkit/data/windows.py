@@ -37,8 +37,8 @@ def spread(tokens: int, context: int, count: int) -> np.ndarray:
 
 def gather(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets, both int64 (len(starts), context); targets are the inputs one token later."""
-    windows = torch.from_numpy(sliding_window_view(tokens, context + 1)[starts].astype(np.int64))
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    windows = sliding_window_view(tokens, context + 1)[starts]
+    return torch.from_numpy(windows[:, :-1].astype(np.int64)), torch.from_numpy(windows[:, 1:].astype(np.int64))
 
 
 class Windows:

@@ -91,9 +91,11 @@ def _theirs(folder: Path, own: DictConfig, task: Task, tokenizer: Path | None, d
 
 def _tokenizer(own: DictConfig, directory: Path) -> Path | None:
     """The tokenizer.json that the model was trained with; None where it reads bytes, or no text."""
-    if not reads_text(own) or own.data.tokenizer == "byte":
+    if not reads_text(own) or own.data.get("tokenizer") == "byte":
         return None
-    return (directory if exported(directory) else build_data(own).corpus.folder) / FILE  # type: ignore[attr-defined]
+    if exported(directory):
+        return directory / FILE if (directory / FILE).exists() else None
+    return build_data(own).tokenizer_path()  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -14,7 +14,14 @@ from trainkit.launch.preflight import check_calls
 from trainkit.launch.rundir import write_text
 
 HOLDS = {"convert": "a converted", "export": "an exported"}  # by the mode that wrote it
-FACTS = ("vocab", "classes", "image", "bytes_per_token", "unigram_entropy")  # what only reading the data tells
+FACTS = (
+    "vocab",
+    "classes",
+    "image",
+    "bytes_per_token",
+    "unigram_entropy",
+    "fingerprint",
+)  # what only reading the data tells
 
 
 def save_config(cfg: DictConfig, path: Path) -> None:

@@ -13,13 +13,14 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from trainkit.data.sequences import Sequences
 from trainkit.data.tokenizer import Bytes, Codec, load_codec
-from trainkit.data.tokens import Tokens
 from trainkit.launch import rundir, versions
 from trainkit.launch.console import log
 from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
-from trainkit.launch.job import Result, build_data, build_task, fix_threads, mistakes
+from trainkit.launch.job import Result, build_data, build_task, mistakes
+from trainkit.launch.settle import settle
 from trainkit.launch.weights import exported, from_run
 from trainkit.model.parts.generate import PROBE, Reader, looking, reads_alike, tokens_after
 
@@ -38,7 +39,7 @@ def sample(cfg: DictConfig, overrides: list[str]) -> Result:
     settings = cfg.sample
     directory, own = earlier(cfg, overrides)
     _check_language(own, directory)
-    fix_threads(own, None)
+    settle(own, None)
     with mistakes():
         codec = codec_of(own, directory)
         unknown = codec.unknown(settings.prompt)
@@ -86,13 +87,13 @@ def codec_of(own: DictConfig, directory: Path) -> Codec:
     """The tokenizer that a run's model was trained with; its text is needed only where the tokenizer was made of it."""
     if exported(directory):
         return load_codec(directory)
-    return Bytes() if own.data.tokenizer == "byte" else build_data(own).codec  # type: ignore[attr-defined]
+    return Bytes() if own.data.get("tokenizer") == "byte" else build_data(own).codec  # type: ignore[attr-defined]
 
 
 def reads_text(own: DictConfig) -> bool:
     """Whether a run's data are tokens of a text."""
     source = get_object(own.data._target_)
-    return isinstance(source, type) and issubclass(source, Tokens)
+    return isinstance(source, type) and issubclass(source, Sequences)
 
 
 def end_of_document(codec: Codec) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainkit.data.stream import Stream
+from trainkit.data.task_stream import Stream
 from trainkit.launch.console import log
 from trainkit.learner.learner import Batch, Learner
 from trainkit.learner.learner import Stream as Known
