@@ -158,7 +158,12 @@ def test_every_value_in_conf_fits_its_annotation():
 
 @pytest.mark.slow
 def test_every_option_composes_and_passes(tmp_path):
-    needs = {"data=text": ["data.path=x"], "data=hub": ["data.name=x"], "data=digits": ["model=vit"]}
+    needs = {
+        "data=text": ["data.path=x"],
+        "data=stream": ["data.path=x"],
+        "data=hub": ["data.name=x"],
+        "data=digits": ["model=vit"],
+    }
     needs |= {"data=images": ["model=vit", "data.name=x"], "task=classify": ["model=vit"]}
     run = earlier_run(tmp_path / "run", [1.0] * 9, [1.0] * 9)
     needs |= {"schedule=refined": [f"schedule.from_run={run}"], "learner=normalized_gd": ["model=vit"]}

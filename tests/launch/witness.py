@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 
 class Witness(Callback):
@@ -49,3 +50,19 @@ class Fail(Callback):
         if self.how == "exit":
             os._exit(7)
         raise ArithmeticError("boom")
+
+
+class Sent(Callback):
+    """Leaves in <run>/sent_<rank>.json how many buckets of gradients DDP has averaged."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.buckets = 0
+
+        def hook(group, bucket):
+            self.buckets += 1
+            return allreduce_hook(group, bucket)
+
+        trainer.strategy.model.register_comm_hook(None, hook)
+
+    def on_train_end(self, trainer, pl_module):
+        Path(trainer.default_root_dir, f"sent_{trainer.global_rank}.json").write_text(json.dumps(self.buckets))

@@ -5,12 +5,32 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """The bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bfloat16_unit() -> str | None:
+    """What the processor multiplies bfloat16 matrices with faster than float32 ones: AMX, AVX-512 BF16, or None.
+
+    Linux tells; elsewhere None.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
+    return next((unit for flag, unit in units.items() if flag in flags), None)
 
 
 def gpus() -> list[str]:

@@ -29,7 +29,7 @@ from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean
 from trainkit.launch.from_run import check_from_run, settled
 from trainkit.launch.guards import check_guards
-from trainkit.launch.ranges import check_export, check_sample
+from trainkit.launch.ranges import check_compile, check_export, check_plan, check_sample
 from trainkit.launch.sources import Folders, default_groups
 from trainkit.launch.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
 from trainkit.launch.values import check_missing, check_nodes, check_share, check_top, check_value
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "preflight"]
 
-MODES = ("train", "eval", "sample", "convert", "export", "search")
+MODES = ("train", "eval", "sample", "convert", "export", "search", "plan")
 FROM_RUN = ("eval", "sample", "convert", "export")  # these take the configuration of an earlier run, named by resume=
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep", "sweep.")
 
@@ -235,7 +235,7 @@ def check_targets_and_plugins(job: Composition) -> None:
     check_targets(job, plugins)
 
 
-OWN_NODES = (check_sample, check_export)
+OWN_NODES = (check_compile, check_sample, check_export, check_plan)
 CHECKS = (
     check_mode,
     check_companions,

@@ -1,4 +1,4 @@
-"""The values of the nodes `sample` and `export` of conf/config.yaml, which no constructor looks at."""
+"""The values of conf/config.yaml that no constructor looks at: compile, and the nodes sample, export and plan."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean, shown
+from trainkit.launch.explain import listed as known
+from trainkit.plan.devices import MEMORY_GB, listed
 
 FORMATS = ("trainkit", "hf")
+COMPILE = (True, False, "auto")
 
 
 def _whole(value: Any) -> bool:
@@ -52,6 +55,34 @@ def check_export(job: Composition) -> None:
         raise UserError(f"export.dir={shown(folder)}: it must name a folder, or be null for one in the run's")
     if job.resolved.get("mode") == "export" and folder is not None:
         check_empty(Path(folder).expanduser())
+
+
+PLAN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "device": (lambda v: v is None or isinstance(v, str), "a text, or null for the device at hand"),
+    "memory_gib": (lambda v: v is None or (_number(v) and 0 < v < float("inf")), "a number above 0, or null"),
+    "mfu": (lambda v: _number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+}
+
+
+def check_plan(job: Composition) -> None:
+    """mode=plan plans for a device that is listed, or of which the memory is told; it takes no earlier run."""
+    node = _node(job, "plan")
+    for name, (fits, words) in PLAN.items():
+        if not fits(node.get(name)):
+            raise UserError(f"plan.{name}={shown(node.get(name))}{job.where(f'plan.{name}')}: it must be {words}")
+    device = node.get("device")
+    if device is not None and node.get("memory_gib") is None and listed(device, MEMORY_GB) is None:
+        meant = did_you_mean(device, MEMORY_GB)
+        raise UserError(
+            f"plan.device={device} is not listed{meant}; give plan.memory_gib too", known("listed", MEMORY_GB)
+        )
+    if job.resolved.get("mode") == "plan" and job.resolved.get("resume"):
+        raise UserError("mode=plan plans a run that is to be started: leave out resume=")
+
+
+def check_compile(job: Composition) -> None:
+    if job.resolved.get("compile") not in COMPILE:
+        raise UserError(f"compile={shown(job.resolved.get('compile'))}{job.where('compile')}: true, false or auto")
 
 
 def check_empty(folder: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from trainkit.launch import rundir
 
 STAGES = ("train/", "val/", "test/", "continual/", "task_il/")
-# What of each stage is shown on the terminal.
-SHORT = ("loss", "accuracy", "final_average_accuracy", "forgetting_chaudhry")
+# What is shown on the terminal, the first four of these that the jobs have; all metrics are in summary.md.
+SHOWN = ("continual/final_average_accuracy", "continual/forgetting_chaudhry", "val/accuracy", "val/loss")
+SHOWN += ("test/accuracy", "test/loss", "train/loss")
 SEED = "seed"
 
 Job = dict[str, Any]  # an entry of sweep.json
@@ -184,7 +185,8 @@ def table(jobs: Sequence[Job]) -> Any:
     from rich.table import Table
 
     keys = varied(job["overrides"] for job in jobs)
-    metrics = [name for name in _metrics(jobs) if name.partition("/")[2] in SHORT]
+    known = set(_metrics(jobs))
+    metrics = [name for name in SHOWN if name in known][:4]
     reasons = ["reason"] if any(job.get("reason") and job["status"] != "finished" for job in jobs) else []
     made = Table("job", *keys, "status", *metrics, "time", *reasons)
     for number, job in enumerate(jobs):

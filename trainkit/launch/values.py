@@ -18,6 +18,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 ACCUMULATE = "accumulate_grad_batches"
 SPACE = "hparams_search.space"  # keys of the configuration with their ranges, so none that is there before
 TEXTS = ("name", "resume", "init_from", "to")  # keys of conf/config.yaml that are null by default
+MIXED = ("compile",)  # keys of conf/config.yaml whose values are of several types, which ranges.py looks at
 
 
 def check_value(word: Override, job: Composition) -> None:
@@ -63,6 +64,8 @@ def _check_type(typed: str, key: str, value: Any, raw: dict[str, Any]) -> None:
     group = key.replace(".", "/")
     if group in raw["choices"] and _scalar(value):
         raise UserError(f"{typed}: {key} is a node with keys of its own", f"choose it by its own word: {group}={value}")
+    if key in MIXED:
+        return
     annotated = parameter(raw, key)
     verdict = fits(annotated, value) if annotated else None
     if annotated and verdict is False:
@@ -124,7 +127,7 @@ def check_top(job: Composition) -> None:
     known = {*shipped, *job.choices, *job.folders.groups, *OURS, *(word.key_or_group for word in job.words)}
     for key, value in job.resolved.items():
         default = "" if key in TEXTS else shipped.get(key)
-        if default is not None and value is not None and not _alike(default, value, strict=True):
+        if key not in MIXED and default is not None and value is not None and not _alike(default, value, strict=True):
             wanted, got = KINDS[type(default)], KINDS[type(value)]
             raise UserError(f"{key}={shown(value)}{job.where(key)}: {key} wants {wanted}, not {got}")
         if key not in known and f"${{{key}" not in str(job.raw):

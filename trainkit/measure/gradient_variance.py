@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainkit.measure.modes import uncompiled
+
 
 @dataclass(frozen=True)
 class Variances:
@@ -118,7 +120,7 @@ def per_sample_gradients(
 
     try:
         batched = vmap(grad(single), in_dims=(None, *(0 for _ in batch)), randomness="different")
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be batched once more
+        with uncompiled(model), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be batched once more
             return batched(trainable, *batch)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trainkit.measure.modes import uncompiled
+
 
 class _Found(Exception):
     """Ends the forward pass at the first value that is not finite."""
@@ -40,7 +42,8 @@ def first_non_finite_output(model: nn.Module, forward: Callable[[], Any]) -> str
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     try:
-        forward()
+        with uncompiled(model):
+            forward()
     except _Found:
         return found[0]
     finally:

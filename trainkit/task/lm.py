@@ -7,21 +7,21 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from trainkit.model.parts.generate import looking
-from trainkit.task.base import Task, wide
+from trainkit.model.parts.token_loss import token_loss
+from trainkit.task.base import Task
 
 
 class LanguageModeling(Task):
     """Cross-entropy of the next token. Batches are (inputs, targets), both int64 (B, T); losses are nats per token.
 
     Validation and test report, over a fixed set: loss; perplexity = exp(loss); and bits per byte = loss / ln 2 /
-    bytes_per_token, which stays comparable between tokenizers.
+    bytes_per_token, which stays comparable between tokenizers, and is left out where bytes_per_token is not known.
     """
 
-    def __init__(self, model: nn.Module, *, context: int, bytes_per_token: float, **plugins: Any):
+    def __init__(self, model: nn.Module, *, context: int, bytes_per_token: float | None, **plugins: Any):
         super().__init__(model, **plugins)
         limit = getattr(model, "context", context)
         if context > limit:
@@ -31,7 +31,9 @@ class LanguageModeling(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
-        return F.cross_entropy(wide(model(inputs)).flatten(0, 1), targets.flatten())
+        if getattr(model, "gives_loss", False):  # and need not hold all logits for it
+            return model(inputs, targets)
+        return token_loss(model(inputs), targets)
 
     def on_fit_start(self) -> None:
         leaking = sorted({type(m).__name__ for m in self.model.modules() if getattr(m, "leaks", False)})
@@ -56,7 +58,8 @@ class LanguageModeling(Task):
 
     def results(self, stage: str) -> dict[str, float]:
         loss = self.mean(stage)
-        return {"loss": loss, "perplexity": _exp(loss), "bits_per_byte": loss / log(2) / self.bytes_per_token}
+        results = {"loss": loss, "perplexity": _exp(loss)}
+        return results | ({"bits_per_byte": loss / log(2) / self.bytes_per_token} if self.bytes_per_token else {})
 
 
 def _exp(loss: float) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import sqrt
 
+import torch
 from torch import Tensor, nn
 
 from trainkit.model.parts.block import Block
 from trainkit.model.parts.cache import Cache
+from trainkit.model.parts.token_loss import large, loss_by_pieces, token_loss
 from trainkit.model.parts.tract import first_layer as build_first_layer
 from trainkit.norm.placement import Placement, Site
 
@@ -16,6 +18,7 @@ from trainkit.norm.placement import Placement, Site
 class Decoder(nn.Module):
     """tokens (B, T) -> logits (B, T, vocab): head(after(blocks(before(features(tokens))))).
 
+    With `targets` (B, T) it gives their mean cross-entropy instead, 0-d (parts/token_loss.py).
     attn and mlp build a sublayer for the site they get. `tie` shares the head's weights with the embedding;
     first_layer="tract" gives the embedding the weight gradient of TrAct (parts/tract.py).
     A leaf may override `features`, embed(tokens) here, to add positions. With a `cache` attached, the tokens are those
@@ -23,6 +26,7 @@ class Decoder(nn.Module):
     """
 
     cache: Cache | None = None
+    gives_loss = True  # forward takes targets
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class Decoder(nn.Module):
         """(B, T), at the positions from `start` -> (B, T, width)."""
         return self.embed(tokens)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         start = 0 if self.cache is None else self.cache.length
         length = start + tokens.shape[1]
         if length > self.context:
@@ -72,7 +76,18 @@ class Decoder(nn.Module):
             stream = block(stream)
         if self.cache is not None:
             self.cache.advance(tokens.shape[1])
-        return self.logit_norm(self.head(self.after(stream)))
+        features = self.after(stream)
+        if targets is not None and self._by_pieces(features):
+            return loss_by_pieces(features, self.head.weight, targets)
+        logits = self.logit_norm(self.head(features))
+        return logits if targets is None else token_loss(logits, targets)
+
+    def _by_pieces(self, features: Tensor) -> bool:
+        """Whether the logits are too many to be held at once, and nobody looks at them on their way to the loss."""
+        seen = self.head._forward_hooks or not isinstance(self.logit_norm, nn.Identity)
+        transformed = torch._C._are_functorch_transforms_active()  # which differentiate by their own rules
+        rows = features.numel() // self.width
+        return not (seen or transformed) and large(rows, self.head.out_features, features.device)
 
     def flops_per_token(self, length: int) -> int:
         """Multiplications and additions per token of one forward and backward pass at a context of `length`.

@@ -1,0 +1,138 @@
+"""compile=true: what is in the menu runs compiled with the same numbers, or says that it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.menu import build, options
+from trainkit.launch import compiling
+from trainkit.launch.compiling import compile_blocks, wanted
+from trainkit.measure.modes import evaluating
+from trainkit.model.parts.token_loss import token_loss
+
+SMALL = ["model.depth=3", "model.width=32", "model.heads=2", "model.context=8", "model.vocab=64"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gpt(*words):
+    torch.manual_seed(0)
+    return build("model", "model=gpt", *SMALL, *words)
+
+
+def steps(network, inputs, loss, count=3):
+    """The losses of a few steps of gradient descent, and the weights that they end at."""
+    losses = []
+    for _ in range(count):
+        found = loss(network(inputs))
+        found.backward()
+        losses.append(found.item())
+        with torch.no_grad():
+            for p in network.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+                    p.grad = None
+    return losses, [p.detach().clone() for p in network.parameters()]
+
+
+def same_numbers(make, inputs, loss, backend="aot_eager"):
+    plain, compiled = make(), make()
+    compile_blocks(compiled, strict=True, backend=backend)
+    torch.manual_seed(1)
+    wanted_losses, wanted_weights = steps(plain, inputs, loss)
+    torch.manual_seed(1)
+    losses, weights = steps(compiled, inputs, loss)
+    assert losses == pytest.approx(wanted_losses, rel=1e-4)
+    for found, want in zip(weights, wanted_weights, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-5)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def tokens():
+    return torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", options("norm"))
+def test_every_placement(norm):
+    x = tokens()
+    same_numbers(lambda: gpt(f"norm={norm}"), x, lambda logits: token_loss(logits, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", options("norm_layer"))
+def test_every_norm_layer(layer):
+    x = tokens()
+    same_numbers(lambda: gpt(f"norm_layer={layer}"), x, lambda logits: token_loss(logits, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama", "vit_tiny", "resnet18", "cnn", "mlp"])
+def test_every_model(model):
+    words = SMALL if model == "llama" else ["model.image=[3,32,32]", "model.classes=10"]
+    x = tokens() if model == "llama" else torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+    def make():
+        torch.manual_seed(0)
+        return build("model", f"model={model}", *words)
+
+    same_numbers(make, x, lambda out: token_loss(out, x) if model == "llama" else out.square().mean())
+
+
+@pytest.mark.slow
+def test_kernels_of_a_block_are_made_once_for_all_and_give_the_same_numbers():
+    x = tokens()
+    torch._dynamo.utils.counters.clear()
+    same_numbers(gpt, x, lambda logits: token_loss(logits, x), backend="inductor")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_hooks_inside_a_compiled_block_are_called_while_it_is_looked_at():
+    network, seen = gpt(), []
+    compile_blocks(network, strict=True, backend="eager")
+    network(tokens())
+    network.blocks[1].mlp.f.inp.register_forward_hook(lambda *_: seen.append(1))
+    with evaluating(network), torch.no_grad():
+        network(tokens())
+    assert seen == [1]
+
+
+def broken(graph, inputs):
+    raise RuntimeError("no compiler here")
+
+
+def test_what_cannot_be_compiled_goes_on_without_and_says_why(caplog, monkeypatch):
+    said = []
+    monkeypatch.setattr(compiling.log, "warning", lambda *words: said.append(words[0] % words[1:]))
+    network, plain = gpt(), gpt()
+    compile_blocks(network, strict=False, backend=broken)
+    torch.testing.assert_close(network(tokens()), plain(tokens()), rtol=0, atol=0)
+    assert len(said) == 1
+    assert "no compiler here" in said[0]
+
+
+def test_what_was_asked_for_is_not_left_out():
+    network = gpt()
+    compile_blocks(network, strict=True, backend=broken)
+    with pytest.raises(Exception, match="no compiler here"):
+        network(tokens())
+
+
+def test_a_model_without_blocks_is_compiled_whole():
+    network = nn.Linear(2, 2)
+    compile_blocks(network, strict=True, backend="eager")
+    assert network._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize(("setting", "kind", "answer"), [
+    (True, "cpu", True), (False, "cuda", False), ("auto", "cpu", False), ("auto", "cuda", True),
+])  # fmt: skip
+def test_auto_compiles_on_a_cuda_gpu(setting, kind, answer, monkeypatch):
+    monkeypatch.setattr(compiling, "device_kind", lambda accelerator: kind)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: object())
+    assert wanted(setting, "auto") is answer
