@@ -8,30 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from trainkit.plan.devices import HALF_PEAK, listed
 from trainkit.task.base import Task
-
-# Dense tensor-core peak of one device in FLOP/s at half precision, from the makers' data sheets. The first name that
-# occurs in torch.cuda.get_device_name() counts. What is not listed has no MFU.
-HALF_PEAK = {
-    "B200": 2250e12,
-    "GH200": 989.4e12,
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835.5e12,
-    "H100": 989.4e12,
-    "H800": 989.4e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 
 
 class Throughput(Callback):
@@ -94,8 +72,7 @@ def half_peak(trainer: Trainer) -> float | None:
     device = trainer.strategy.root_device
     if device.type != "cuda" or not str(trainer.precision).startswith(("bf16", "16")):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in HALF_PEAK.items() if model in name), None)
+    return listed(torch.cuda.get_device_name(device), HALF_PEAK)
 
 
 def _now(trainer: Trainer) -> float:

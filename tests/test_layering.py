@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAVES = ("model", "norm", "norm_layer", "optimizer", "schedule", "gradient", "projection", "continual", "learner")
-LEAVES += ("measure",)
+LEAVES += ("measure", "plan")
 HYDRA_ONLY_IN = ("launch",)
 LIGHTNING_ONLY_IN = ("launch", "task", "data", "bench", "report")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
-from torch import Tensor
 from torch.optim import Optimizer
 
+from trainkit.plan.ledger import storages
 from trainkit.task.base import Task
 
 
@@ -26,18 +25,4 @@ def footprint(task: Task, optimizers: Iterable[Optimizer], steps: int) -> dict[s
 
 def state_bytes(optimizers: Iterable[Optimizer]) -> int:
     """The bytes of all tensors in the optimizers' states; memory that several share counts once, views in full."""
-    memory: dict[Any, int] = {}
-    for optimizer in optimizers:
-        for tensor in _tensors(list(optimizer.state.values())):
-            local = getattr(tensor, "_local_tensor", tensor)  # of a sharded one, the part that lies here
-            storage = local.untyped_storage()
-            memory[local.device, storage.data_ptr()] = storage.nbytes()
-    return sum(memory.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+    return sum(storages([list(optimizer.state.values()) for optimizer in optimizers]).values())

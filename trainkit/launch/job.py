@@ -27,6 +27,7 @@ from trainkit.continual.strategy import Strategy
 from trainkit.launch import rundir, versions
 from trainkit.launch.checkpoints import newest
 from trainkit.launch.children import die_with
+from trainkit.launch.compiling import compile_blocks, wanted
 from trainkit.launch.console import log, show, to_file, to_terminal
 from trainkit.launch.disk import DiskError
 from trainkit.launch.earlier import earlier
@@ -34,16 +35,18 @@ from trainkit.launch.explain import UserError
 from trainkit.launch.footprint import footprint
 from trainkit.launch.interruption import Interrupted, requeue
 from trainkit.launch.launched import check_interactive, check_launch, launched, mark, requeued
-from trainkit.launch.machine import default_threads
 from trainkit.launch.monitors import check_monitors
 from trainkit.launch.ranks import Agreement, supervise, tell_directory, together, told_directory
-from trainkit.launch.runconfig import continues, load_config, plain, save_config
+from trainkit.launch.room import check_room, is_out_of_memory, out_of_memory
+from trainkit.launch.runconfig import continues, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, scores, summary
+from trainkit.launch.settle import settle
 from trainkit.launch.summary import STAGES
 from trainkit.launch.unused import unused_norm_layer
 from trainkit.launch.weights import from_run, give_form, initialize, unreadable
 from trainkit.measure.look import look
+from trainkit.measure.shards import is_sharded
 from trainkit.optimizer.partition import describe
 from trainkit.report.metrics_file import readable
 from trainkit.task.base import Task
@@ -68,6 +71,7 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
     # Made of the parts below.
     from trainkit.launch.convert import convert
     from trainkit.launch.export import export
+    from trainkit.launch.plan import plan
     from trainkit.launch.sample import sample
 
     to_terminal()
@@ -79,7 +83,7 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
     try:
         if cfg.mode == "train":
             return train(cfg, overrides, mark(typed))
-        modes = {"eval": evaluate, "sample": sample, "convert": convert, "export": export}
+        modes = {"eval": evaluate, "sample": sample, "convert": convert, "export": export, "plan": plan}
         return modes[cfg.mode](cfg, overrides)
     except Interrupted as stopped:
         if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
@@ -103,7 +107,7 @@ def train(cfg: DictConfig, overrides: list[str], slurm: dict[str, Any] | None = 
     previous = _previous(cfg)
     if previous is not None:
         continues(cfg, previous)
-    fix_threads(cfg, previous)
+    notes = settle(cfg, previous)
     with mistakes():
         data = build_data(cfg)
         task = build_task(cfg)
@@ -114,10 +118,13 @@ def train(cfg: DictConfig, overrides: list[str], slurm: dict[str, Any] | None = 
             initialize(task, cfg)
         run = locate(cfg, overrides, previous, slurm)
         trainer = build_trainer(cfg, task, run)
+        check_room(task, trainer)
         data.trainer = trainer
         data.setup("fit")  # Lightning does so again; here a batch that cannot be shared out is still a user's mistake
         if not run.primary and run.dir.is_dir():  # a further rank, which is not told what is resumed
             checkpoint, damaged = newest(run.dir)
+        if wanted(cfg.compile, cfg.trainer.get("accelerator", "auto")):
+            compile_blocks(task.model, strict=cfg.compile is True)
         start = step_of(checkpoint) if checkpoint else 0
         if previous is not None:
             not_finished(previous, checkpoint, start, trainer.max_steps)
@@ -127,6 +134,8 @@ def train(cfg: DictConfig, overrides: list[str], slurm: dict[str, Any] | None = 
             save_config(cfg, run.dir / "config.yaml")
             tell_directory(run.dir)
             show(opening(cfg, run, describe(task.model)))
+            for line in notes:
+                log.info("%s", line)
             for line in damaged:
                 log.warning("%s", line)
             idle = unused_norm_layer(overrides, make(cfg, "norm_layer"), cfg.model.get("width", 64), task.model)
@@ -180,7 +189,9 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> Result:
             result |= {"ended": time.time(), "versions": versions.versions()}
             rundir.write_json(target / "result.json", result)
             show(scores(metrics))
-            result["measures"] = _activations(task, data, trainer)  # too many to show
+            # Too many to show. Of a sharded model there are none: a forward is everybody's there.
+            sharded = any(is_sharded(p) for p in task.model.parameters())
+            result["measures"] = {} if sharded else _activations(task, data, trainer)
             rundir.write_json(target / "result.json", result)
             log.info("written to %s, with %d measures of activations", target / "result.json", len(result["measures"]))
     return Result(target, metrics, "finished")
@@ -252,20 +263,6 @@ def finish_loggers(loggers: list[Logger], *, failed: bool = False) -> None:
         logger.finalize("failed" if exit_code else "success")
         if hasattr(logger, "finish"):
             logger.finish(exit_code=exit_code)  # type: ignore[attr-defined]
-
-
-def fix_threads(cfg: DictConfig, previous: Path | None) -> None:
-    """Sets this process's threads, and the configuration's where it leaves them open.
-
-    The number decides over the last bits of a sum, so a run keeps the one that it began with.
-    """
-    if "threads" not in cfg.trainer:
-        return
-    if cfg.trainer.threads is None:
-        began = previous or os.environ.get(rundir.SHARED_DIR)  # the second: this is a further rank of that run
-        before = load_config(Path(began, "config.yaml")).trainer.get("threads") if began else None
-        cfg.trainer.threads = before or default_threads(cfg.trainer.get("devices", 1))
-    torch.set_num_threads(max(1, cfg.trainer.threads))
 
 
 def build_trainer(cfg: DictConfig, task: Task, run: Run) -> Trainer:
@@ -374,10 +371,13 @@ def reported(run: Run, trainer: Trainer, start: int) -> Iterator[None]:
             log.info("%s; go on with resume=%s", error, run.dir)
             raise
         status = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "failed"
-        run.result |= {"status": status, "reason": f"{type(stopped).__name__}: {stopped}"}
+        short = out_of_memory(error, trainer) if is_out_of_memory(error) else None
+        run.result |= {"status": status, "reason": str(short or f"{type(stopped).__name__}: {stopped}")}
         if run.primary:
             with suppress(OSError), (run.dir / "run.log").open("a") as file:  # the disk may be why it failed
                 traceback.print_exc(file=file)
+        if short is not None:
+            raise short from error
         raise
 
 
