@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from trainkit.gradient.norms import norms
 from trainkit.launch.console import log
 from trainkit.measure.modes import evaluating
 from trainkit.measure.origin import first_non_finite_output, non_finite
+from trainkit.measure.shards import is_sharded, local
 from trainkit.task.base import SkipStep, Task, by_rank
 
 LEAST = 10  # losses that a score needs
@@ -47,6 +48,7 @@ class Guard(Callback):
     For the output that is not finite the batch goes through the model once more, before the step: on the CPU, and under
     "skip", the last of the step's micro-batches alone where that is not on the CPU. What only happened with the dropout
     drawn then may not be found; several ranks look in eval mode, as one alone must not wait for the others' statistics.
+    Under trainer=fsdp no module is named, as a forward is everybody's there.
 
     train/loss_spike = (l - mean) / std, with l the loss of the step and mean and std (of a sample, with n - 1) those of
     the finite losses among the `window` steps before it: causal, 0 where they were all equal, from the 10th on; under
@@ -64,6 +66,7 @@ class Guard(Callback):
         # (step, loss) since the last look: kept, not computed with. Bounded, for runs that are hardly ever logged.
         self.losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)
         self.warned = False
+        self.sharded = False
         self.skipped = self.in_a_row = 0
         self.batch: Any = None  # the micro-batch that the next loss is made of
         self.origin: str | None = None  # where the first value of the step that is no number came from
@@ -72,6 +75,7 @@ class Guard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
         self.parameters = list(pl_module.model.parameters())  # asking for them takes as long as looking at them
+        self.sharded = any(is_sharded(p) for p in self.parameters)
         # Taken by the task, after a stream has told the model of a new task: that is not undone with the step.
         pl_module.keep_buffers = self.on_non_finite == "skip"
         if len(self._saved) == trainer.world_size:
@@ -84,7 +88,7 @@ class Guard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Task, loss: Tensor) -> None:  # type: ignore[override]
         self.losses.append((pl_module.step, loss.detach()))
         if loss.is_cpu and self.origin is None and not self.warned and not math.isfinite(loss.item()):
-            self.origin = origin(trainer, pl_module, self.batch)
+            self.origin = origin(trainer, pl_module, self.batch, forward=not self.sharded)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Task, optimizer: Any) -> None:  # type: ignore[override]
         if self.on_non_finite == "skip":
@@ -143,7 +147,7 @@ class Guard(Callback):
         for buffer, value in zip(task.model.buffers(), task.buffers_before, strict=True):
             buffer.copy_(value)
         if self.origin is None and kept and not bool(kept[-1].isfinite()):
-            self.origin = origin(trainer, task, self.batch)
+            self.origin = origin(trainer, task, self.batch, forward=not self.sharded)
         layer = first_non_finite(task)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         value = float(torch.stack(kept).sum()) if kept else math.nan
@@ -200,16 +204,19 @@ def spike(loss: Tensor, before: Tensor) -> Tensor:
     return torch.where(std > 0, (loss - mean) / std, 0.0)
 
 
-def origin(trainer: Trainer, task: Task, batch: Any) -> str | None:
+def origin(trainer: Trainer, task: Task, batch: Any, *, forward: bool = True) -> str | None:
     """Where the first value came from that is not finite: the batch, a parameter, or the output of a module, or None.
 
-    The batch is taken through the model once more, with the weights that there are; nothing but time is spent.
+    The batch is taken through the model once more, with the weights that there are; nothing but time is spent. With
+    forward=False it is not, and no module is named.
     """
     if non_finite(batch):
         return "in the batch"
     for name, parameter in task.model.named_parameters():
-        if non_finite(parameter):
+        if non_finite(local(parameter)):
             return f"parameter {name}"
+    if not forward:
+        return None
     looking = evaluating(task) if trainer.world_size > 1 else nullcontext()
     with isolate_rng(), looking, trainer.precision_plugin.forward_context():
         name = first_non_finite_output(task.model, lambda: task.loss(task.model, batch))
@@ -217,24 +224,24 @@ def origin(trainer: Trainer, task: Task, batch: Any) -> str | None:
 
 
 def first_non_finite(task: Task) -> str | None:
-    """The name of the first of the model's parameters whose gradient is not finite, or None."""
+    """The name of the first of the model's parameters whose gradient is not finite, or None; of sharded ones, here."""
     for name, parameter in task.model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not bool(local(parameter.grad).isfinite().all()):
             return name
     return None
 
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Whether all gradients are finite, on their device: by their largest entries, as squares could overflow.
+    """Whether all gradients are finite, on their device: by their largest entries, as squares could overflow. Of
+    sharded ones only what this process holds, as the others may have found a reason of their own not to look.
 
     On a CPU, where that takes eight times as long as a sum of squares, only once one of those is not finite.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g for g in (local(p.grad) for p in parameters if p.grad is not None) if g.numel()]
     if not gradients:
         return torch.ones((), dtype=torch.bool, device=parameters[0].device)
     if gradients[0].is_cpu:
-        wide = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-        likely = torch.stack(torch._foreach_norm(gradients, 2, wide)).isfinite().all()
+        likely = norms(gradients).isfinite().all()
         if bool(likely):
             return likely
     return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()

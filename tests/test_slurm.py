@@ -127,6 +127,18 @@ def test_tasks_are_ranks_and_agree_with_a_run_that_starts_its_own(slurm, words, 
     assert all(torch.equal(value, weights(theirs)[name]) for name, value in weights(ours).items())
 
 
+def test_the_documented_job_is_one_run_of_all_its_tasks(slurm, words, tmp_path):  # noqa: F811
+    sizes = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={ROOT}"]
+    run = tmp_path / "run"
+    mine = [*words, *WITNESS, "trainer.accelerator=cpu", "logger=none", "trainer.max_steps=5", f"paths.run_dir={run}"]
+    output = f"--output={tmp_path / 'job.txt'}"
+    told = slurm("sbatch", "--wait", *sizes, output, str(ROOT / "docs" / "train.sbatch"), *mine)
+    assert told.startswith("Submitted"), told + (tmp_path / "job.txt").read_text()
+    assert [(rank["world"], rank["group"]) for rank in seen(run)] == [(2, 2)] * 2
+    assert result(run)["status"] == "finished"
+    assert result(run)["choices"]["trainer"] == "fsdp"
+
+
 def test_a_task_that_fails_fails_the_job(slurm, words, tmp_path):  # noqa: F811
     fail = ["plugins=[tests]", "+callbacks.fail={_target_:tests.launch.witness.Fail,rank:1,step:3,how:raise}"]
     two = [*DDP, "trainer.devices=2", *words, *fail, "logger=none", f"paths.run_dir={tmp_path / 'run'}"]

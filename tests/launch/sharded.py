@@ -106,7 +106,7 @@ def train(model: torch.nn.Module, nodes: Nodes, how: str) -> list[dict[str, floa
             said.append({name: float(value) for name, value in found.items()})
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]
         projection(model)
         advance(model)
     return said

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,15 +16,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
+from trainkit.bench.beside import quiet
+from trainkit.bench.record import CLOCKS
 from trainkit.bench.timing import hardware
 from trainkit.launch.compose import compose
-from trainkit.launch.console import log, to_terminal
+from trainkit.launch.console import to_terminal
 from trainkit.launch.job import build_data, build_task, make
 from trainkit.launch.loggers import JsonlLogger
 from trainkit.launch.versions import versions
 from trainkit.task.base import Task
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 NEVER = 10**9  # steps
 REFERENCE = "none"
 LIMITS = {"default": 0.01, "default, every step": 0.03}  # what may be added to the step
@@ -209,18 +208,6 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
                 print(f"\r{number + 1}/{given.rounds}", end="\r", file=sys.stderr, flush=True)
         parameters = sum(p.numel() for p in paced[REFERENCE].task.parameters())
     return {"seconds": seconds, "inside": inside, "parameters": parameters}
-
-
-@contextmanager
-def quiet(folder: Path) -> Iterator[None]:
-    """Sends the runs' lines to a file, as they have one, and nowhere else."""
-    before, handler = log.handlers, logging.FileHandler(folder / "run.log")
-    log.handlers = [handler]
-    try:
-        yield
-    finally:
-        log.handlers = before
-        handler.close()
 
 
 def _turned(names: list[str], number: int) -> list[str]:

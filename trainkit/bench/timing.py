@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -51,15 +51,51 @@ def interleaved(
 
 def peak_bytes(step: Step) -> int:
     """The most memory that torch's CPU allocator holds during `step`, beyond what it held before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    watch = Peak()
+    with watch:
         step()
-    events: list[Any] = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return watch.bytes
+
+
+class Peak(AbstractContextManager[None]):
+    """A context after which `bytes` is the most memory that was held inside, beyond what was held before.
+
+    On the CPU that of torch's allocator as the profiler sees it, in this thread and those of the backward.
+    """
+
+    bytes = 0
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+
+    def __enter__(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        self._open = ExitStack()
+        self._open.enter_context(silent())
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = self._open.enter_context(torch.profiler.profile(activities=activities, profile_memory=True))
+
+    def __exit__(self, *_: object) -> None:
+        if self.device == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._open.close()
+        events: list[Any] = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        held = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            self.bytes = max(self.bytes, held)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What a model and its optimizer hold between two steps: parameters, buffers, gradients and state, each once."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 @contextmanager

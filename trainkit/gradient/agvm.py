@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainkit.gradient.clip import Clip
+from trainkit.measure.shards import is_sharded
 from trainkit.measure.sites import sites
 
 FLOOR, LEAST, MOST = 1e-6, 0.5, 10.0  # of Φ, and the limits of its ratio, as in the released code
@@ -73,6 +74,11 @@ class AGVM:
         """Before training: sorts the parameters by module, and follows the optimizer's steps."""
         self.optimizer = optimizer
         self.parameters = list(model.parameters())
+        if any(is_sharded(p) for p in self.parameters):
+            raise ValueError(
+                "gradient=agvm compares the gradients of whole modules, and the parameters are sharded. "
+                "Try trainer=ddp, or gradient=clip"
+            )
         named = by_beginning(model, self.modules) if self.modules else by_depth(model)
         self.names, self._before = list(named), []
         self.members = list(named.values())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainkit.gradient.norms import norms, total
+from trainkit.gradient.norms import norms, scale_
 
 
 class Clip:
@@ -20,7 +20,7 @@ class Clip:
         self.max_norm = max_norm
 
     def __call__(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        norm = total(norms(gradients))
+        norm = torch.linalg.vector_norm(norms(gradients))
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        scale_(gradients, factor)
         return {"grad_norm/clipped": norm * factor}

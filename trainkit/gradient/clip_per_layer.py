@@ -5,7 +5,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from trainkit.gradient.norms import norms
+from trainkit.gradient.norms import norms, scale_
 
 
 class ClipPerLayer:
@@ -23,8 +23,8 @@ class ClipPerLayer:
         self.max_norm, self.relative = max_norm, relative
 
     def __call__(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        lengths = torch.stack(norms(gradients))
+        lengths = norms(gradients)
         limits = [self.max_norm * (sqrt(g.numel()) if self.relative else 1.0) for g in gradients]
         factors = (lengths.new_tensor(limits) / (lengths + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
+        scale_(gradients, factors)
         return {"grad_norm/clipped": torch.linalg.vector_norm(lengths * factors)}

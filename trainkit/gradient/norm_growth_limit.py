@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainkit.gradient.norms import norms
+from trainkit.gradient.norms import norms, scale_
 
 
 class NormGrowthLimit:
@@ -38,7 +38,7 @@ class NormGrowthLimit:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        lengths = torch.stack(norms(gradients))
+        lengths = norms(gradients)
         now = lengths if self.of == "tensor" else torch.linalg.vector_norm(lengths, keepdim=True)
         rows = self._rows(len(gradients))
         if self.last is None:
@@ -48,7 +48,7 @@ class NormGrowthLimit:
         last = self.last if rows is None else self.last[rows.to(now.device, non_blocking=True)]
         growth = (now / (last + self.eps)).clamp(min=self.limit)
         factors = torch.where(last > 0, self.limit / growth, 1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()) if self.of == "tensor" else factors[0])
+        scale_(gradients, factors if self.of == "tensor" else factors[0])
         now = now * factors
         kept = torch.where((now > 0) & now.isfinite(), now, last)
         self.last = kept if rows is None else self.last.index_copy(0, rows.to(now.device, non_blocking=True), kept)

@@ -2,10 +2,9 @@
 
 from math import isfinite, sqrt
 
-import torch
 from torch import Tensor
 
-from trainkit.gradient.norms import norms
+from trainkit.gradient.norms import norms, scale_
 
 
 class NormalizePerLayer:
@@ -26,8 +25,8 @@ class NormalizePerLayer:
         self.norm, self.scale, self.eps = norm, scale, eps
 
     def __call__(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        lengths = torch.stack(norms(gradients))
+        lengths = norms(gradients)
         if self.norm == "rms":
             lengths = lengths / lengths.new_tensor([sqrt(g.numel()) for g in gradients])
-        torch._foreach_mul_(gradients, list((self.scale / (lengths + self.eps)).unbind()))
+        scale_(gradients, self.scale / (lengths + self.eps))
         return {}

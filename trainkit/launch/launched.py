@@ -79,11 +79,12 @@ def check_launch(trainer: Mapping[str, Any]) -> None:
     several = trainer.get("strategy", "auto") != "auto" or launch.processes == 1
     if several and (local, nodes) == (launch.processes // launch.machines, launch.machines):
         return
+    engine = "fsdp" if trainer.get("strategy") == "fsdp" else "ddp"
     words = f"trainer.devices={launch.processes // launch.machines} trainer.num_nodes={launch.machines}"
     raise UserError(
         f"{launch.by} started {launch.processes} processes on {launch.machines} machine(s), and the run is of "
         f"trainer.devices={devices} trainer.num_nodes={nodes} trainer.strategy={trainer.get('strategy', 'auto')}",
-        f"say trainer=ddp {words}, or start it without {launch.by}",
+        f"say trainer={engine} {words}, or start it without {launch.by}",
     )
 
 

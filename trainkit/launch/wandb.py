@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit.launch.console import log
 
+LOOK = "_detect_and_apply_job_inputs"  # of wandb 0.31
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -138,7 +141,8 @@ class WandB(WandbLogger):
             finish_timeout_raises=True,
         )
         resume = "allow" if self.resumed and mode == "online" else None
-        return wandb.init(mode=mode, resume=resume, settings=settings, **self._options)
+        with without_launch():
+            return wandb.init(mode=mode, resume=resume, settings=settings, **self._options)
 
     def _fragments(self) -> set[Path]:
         return set(Path(self._options["dir"], "wandb").glob(f"run-*-{self._options['id']}*"))
@@ -151,6 +155,25 @@ class WandB(WandbLogger):
         for fragment in self._fragments() - before:
             shutil.rmtree(fragment, ignore_errors=True)
         self._settings()
+
+
+@contextmanager
+def without_launch() -> Iterator[None]:
+    """Keeps W&B from importing its Launch, a second of work, when a run starts: it asks that for inputs of the run.
+
+    Only Launch itself leaves any, so there are none where it is not there yet.
+    """
+    from wandb.sdk.wandb_run import Run
+
+    look = getattr(Run, LOOK, None)
+    if look is None or "wandb.sdk.launch.inputs.internal" in sys.modules:
+        yield
+        return
+    setattr(Run, LOOK, lambda run: None)
+    try:
+        yield
+    finally:
+        setattr(Run, LOOK, look)
 
 
 def _brief(error: Exception) -> str:

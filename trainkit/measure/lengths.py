@@ -6,20 +6,23 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
+from trainkit.measure.shards import norms
+
 
 def lengths(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """‖x‖ = sqrt(sum x²) over the tensors of each group, 0-d, on their device; labels as measure.sites gives them.
 
     A dotted label also counts into the total of what stands before its last dot (blocks.3.attn into blocks.3), and all
     count into "global"; a group without tensors is 0. Computed in at least float32. One foreach call and one scattered
-    sum for all of it, and no waiting for the device.
+    sum for all of it, and no waiting for the device. Of sharded tensors it is the length of the whole ones, with one
+    transfer, so every process must ask alike.
     """
     names, *pairs = _plan(tuple((label, len(members)) for label, members in groups.items()))
     tensors = [tensor for members in groups.values() for tensor in members]
     if not tensors:
         return dict.fromkeys(names, torch.zeros(()))
     wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    squares = torch.stack(torch._foreach_norm(tensors, 2, wide)).square()
+    squares = torch.stack(norms(tensors, 2, wide)).square()
     rows, columns = (index.to(squares.device, non_blocking=True) for index in pairs)
     sums = squares.new_zeros(len(names)).index_add_(0, columns, squares[rows])
     return dict(zip(names, sums.sqrt_().unbind(), strict=True))

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from trainkit.measure.shards import is_sharded, local
 
 BLOCK = 1 << 18  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
 COMPILED_BLOCK = 1 << 20  # what a compiled rule reads it reads once; but it may keep temporaries as large as a block
@@ -86,7 +87,7 @@ class MultiTensorOptimizer(Optimizer):
         group = self.param_groups[-1]
         check(**{key: value for key, value in group.items() if key in self.defaults})
         for p in group["params"]:
-            if self.whole and isinstance(p, DTensor) and not all(at.is_replicate() for at in p.placements):
+            if self.whole and is_sharded(p):
                 raise ValueError(
                     f"{type(self).__name__} needs whole parameters, this one of shape {tuple(p.shape)} is sharded. "
                     "Try trainer=ddp, or optimizer=adamw"
@@ -336,11 +337,6 @@ def lay(tensors: Sequence[Tensor], *, rows: bool) -> list[Tensor]:
         return whole
     axes = [*range(p.ndim)[:rows], *sorted(range(p.ndim)[rows:], key=p.stride, reverse=True)]
     return [t.permute(axes) if t.shape == p.shape else t for t in whole]
-
-
-def local(t: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def as_rows(t: Tensor) -> Tensor:

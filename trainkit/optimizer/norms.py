@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainkit.optimizer.multi_tensor import Tensors, local, wide
+from trainkit.measure.shards import local
+from trainkit.optimizer.multi_tensor import Tensors, wide
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainkit.measure.shards import is_sharded
 from trainkit.optimizer.multi_tensor import run, wide
 from trainkit.optimizer.partition import over_roles, split
 
@@ -47,7 +47,7 @@ class SAM(Optimizer):
         self._copies: dict[Tensor, Tensor] = {}
         super().__init__(self.base.param_groups, {})
         for p in self._params():
-            if isinstance(p, DTensor) and not all(at.is_replicate() for at in p.placements):
+            if is_sharded(p):
                 raise ValueError(
                     f"SAM needs whole parameters, this one of shape {tuple(p.shape)} is sharded. "
                     "Try trainer=ddp, or the base optimizer alone"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from trainkit.measure.shards import is_sharded
 
 
 class Projection:
@@ -45,7 +46,7 @@ class Projection:
 
     def refuse_shards(self, p: Tensor) -> None:
         """ValueError for a sharded parameter: what is done to a weight depends on all of it."""
-        if isinstance(p, DTensor) and not all(at.is_replicate() for at in p.placements):
+        if is_sharded(p):
             raise ValueError(
                 f"{self.word} needs whole weights, this one of shape {tuple(p.shape)} is sharded. "
                 "Try trainer=ddp, or projection=none"

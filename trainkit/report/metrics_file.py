@@ -56,6 +56,8 @@ def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
 
 
 def _writable(value: Any) -> Any:
+    if type(value) is float and math.isfinite(value):  # nearly all are
+        return value
     if isinstance(value, bool | int | str) or value is None:
         return value
     number = float(value)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from trainkit.continual.strategy import Strategy
-from trainkit.norm_layer.stateful import advance
+from trainkit.norm_layer.stateful import Stateful
 from trainkit.optimizer.partition import by_role, scale_lr, split
 from trainkit.task.halves import Halves
 from trainkit.task.replay import Replay
@@ -61,6 +61,7 @@ class Task(LightningModule):
         self.metrics: dict[str, float] = {}  # what was logged last
         self._records: dict[str, Tensor | float] = {}
         self._losses: list[Tensor] = []  # of the batches accumulated into the step in progress
+        self._parameters_of_model: list[nn.Parameter] = []
         self.keep_buffers = False
         self.buffers_before: list[Tensor] = []  # with keep_buffers, the model's before the step in progress
         self.replay: Replay | None = None  # for optimizers that need a second gradient
@@ -104,7 +105,15 @@ class Task(LightningModule):
             self.projection.prepare(optimizer)  # type: ignore[attr-defined]
         self.projection(self.model)
         optimizer.register_step_post_hook(lambda *_: self.projection(self.model))
-        optimizer.register_step_post_hook(lambda *_: advance(self.model))
+        # Both found once: walking through a model's modules takes as long as one of its layers does, where it is small.
+        stateful = [module for module in self.model.modules() if isinstance(module, Stateful)]
+
+        def advance(*_: Any) -> None:
+            for module in stateful:
+                module.advance()
+
+        optimizer.register_step_post_hook(advance)
+        self._parameters_of_model = list(self.model.parameters())
         options = dict(self.schedule.keywords) if isinstance(self.schedule, partial) else {}
         if options.get("total") is None:
             options["total"] = self.total_steps
@@ -119,6 +128,9 @@ class Task(LightningModule):
         place = batch_idx % self.trainer.accumulate_grad_batches
         if self.keep_buffers and place == 0:
             self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+        if place == 0:  # Lightning does so after the forward, which would have to find room beside the old gradients
+            for p in self._parameters_of_model:
+                p.grad = None
         if place == 0 and hasattr(self.gradient, "begin_step"):
             wanted = self.gradient.begin_step(self.step)  # type: ignore[attr-defined]
             if self.halves is not None:
@@ -167,7 +179,7 @@ class Task(LightningModule):
         """Applies the gradient treatment to the gradients, which are complete and unscaled."""
         if self.halves is not None and self.halves.wanted:
             self.gradient.first_half(*self.halves.take())  # type: ignore[attr-defined]
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters_of_model if p.grad is not None]
         self.record(self.gradient(gradients))
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -210,6 +222,8 @@ class Task(LightningModule):
 
     def step_loss(self) -> Tensor | None:
         """The mean loss of the micro-batches that the step in progress has seen, 0-d, until it is logged."""
+        if len(self._losses) == 1:
+            return self._losses[0]
         return torch.stack(self._losses).mean() if self._losses else None
 
     def flush(self) -> None:
@@ -223,13 +237,21 @@ class Task(LightningModule):
         tensors = {name: value for name, value in self._records.items() if isinstance(value, Tensor)}
         self.metrics = {name: float(value) for name, value in self._records.items() if name not in tensors}
         if tensors:
-            widest = reduce(torch.promote_types, {t.dtype for t in tensors.values()}, torch.float32)
-            stacked = torch.stack([t.detach().to(self.device, widest) for t in tensors.values()])
+            stacked = self._stacked(list(tensors.values()))
             if self.trainer.world_size > 1:
                 stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
             self.metrics |= dict(zip(tensors, stacked.tolist(), strict=True))
         self._records.clear()
         self.publish(self.metrics)
+
+    def _stacked(self, values: list[Tensor]) -> Tensor:
+        """0-d tensors as one, on the task's device, in the widest of their dtypes and at least float32."""
+        dtypes = {value.dtype for value in values}
+        widest = reduce(torch.promote_types, dtypes, torch.float32)
+        # Nearly always alike already; asking each of a hundred to be what it is would cost more than stacking them.
+        if dtypes != {widest} or {value.device for value in values} != {self.device}:
+            values = [value.to(self.device, widest) for value in values]
+        return torch.stack(values).detach()
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Writes numbers to every logger at the optimizer step done last, and where callbacks look for them."""

@@ -1,0 +1,184 @@
+"""trainer=fsdp: every process holds a share of each weight, gradient and moment; of a block all, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from trainkit.measure.shards import is_sharded
+from trainkit.model.parts.recompute import blocks_of
+from trainkit.task.base import Task
+from trainkit.task.continual import ContinualClassification
+
+
+class FullySharded(ModelParallelStrategy):
+    """FSDP2 over all processes: each block of the model is a unit of its own, what is left (embedding, head) another.
+
+    A unit is gathered before it runs and its gradients are averaged into shares behind its backward, micro-batch by
+    micro-batch. With reshard_after_forward the gathered weights of a block are dropped between its forward and its
+    backward (ZeRO-3), else kept (ZeRO-2: more memory, less traffic).
+
+    bf16-mixed is autocast, as on one device, so the stream between blocks stays float32; the weights of blocks travel
+    in bfloat16, which for matrices is what autocast would make of them, gradients are averaged in float32, and shares
+    and optimizer state are float32. Gains and biases of blocks are rounded to bfloat16 where they are used, which
+    autocast alone would not do.
+
+    A checkpoint is that of any other trainer, one file of whole tensors, which rank 0 gathers one by one in its memory
+    and writes; so its safety, resuming, mode=eval, sample and export, init_from and another trainer or another number
+    of processes need nothing of their own. The price: the host of rank 0 holds weights and optimizer state once, 12
+    bytes per parameter under AdamW, and while it starts each process holds the weights once.
+
+    Buffers are whole everywhere; those that a checkpoint holds are rank 0's at every forward, as under DDP. Raises
+    ValueError for what cannot be sharded.
+    """
+
+    def __init__(self, *, reshard_after_forward: bool = True):
+        super().__init__(save_distributed_checkpoint=False)
+        self.reshard_after_forward = reshard_after_forward
+
+    # Weights are loaded while they are whole, so as under any other strategy.
+    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        if self._data_parallel_size == 1:
+            raise ValueError(
+                "trainer=fsdp shards over several devices, and there is one. Try trainer=gpu or trainer=cpu"
+            )
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert isinstance(self.lightning_module, Task)
+        self.accelerator.setup(trainer)
+        if not isinstance(self.lightning_module.model, FSDPModule):  # a test follows the training
+            refuse(self.lightning_module)
+            self.model = self.precision_plugin.convert_module(self.lightning_module)
+            words = {"precision": self.precision_plugin.precision, "reshard_after_forward": self.reshard_after_forward}
+            shard(self.lightning_module.model, self.device_mesh["data_parallel"], **words)
+        self.model_to_device()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                unfuse(optimizer)
+        self.setup_precision_plugin()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state of the task in whole tensors, on the CPU; on other ranks than 0 without what is sharded."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        names = dict(self.lightning_module.named_parameters(remove_duplicate=False))
+        whole: dict[Any, Tensor | None] = {}  # by parameter: a tied one is gathered, and written, once
+        for name, value in state.items():
+            if isinstance(value, DTensor):
+                key = names.get(name, name)
+                if key not in whole:
+                    whole[key] = self._gathered(value)
+                state[name] = whole[key]
+        return {name: value for name, value in state.items() if value is not None}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Mapped, not read: the processes of a machine share what they look at, and keep only their shares of it."""
+        return torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only is not False)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The same for an optimizer."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        state = tree_map(lambda v: self._gathered(v) if isinstance(v, DTensor) else v, optimizer.state_dict())
+        for group in state["param_groups"]:  # another trainer takes the kernels that were configured
+            group |= {key: optimizer.defaults[key] for key in ("fused", "foreach") if key in optimizer.defaults}
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Every process takes its share of the whole tensors, which all of them have read."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [i for group in saved["param_groups"] for i in group["params"]]
+            like = dict(zip(numbers, params, strict=True))
+            state = {i: {k: share_of(v, like[i]) for k, v in of_one.items()} for i, of_one in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": state})
+            unfuse(optimizer)
+
+    def _gathered(self, value: DTensor) -> Tensor | None:
+        """The whole of a tensor on rank 0, None elsewhere; all must ask alike."""
+        whole = value.full_tensor().detach()
+        return whole.cpu() if self.is_global_zero else None
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool = True) -> None:
+    """Shards a model over the processes of `mesh`, in place; block by block, so its device never holds all of it."""
+    half = torch.float32 if precision.startswith("bf16") else None
+    whole = of_blocks = MixedPrecisionPolicy(reduce_dtype=half)
+    if precision == "bf16-mixed":
+        of_blocks = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=of_blocks)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
+    kept = set(model.state_dict())
+    buffers = [name for name, _ in model.named_buffers() if name in kept]
+    if buffers:
+        model.register_forward_pre_hook(lambda *_: share([model.get_buffer(name) for name in buffers]))
+
+
+def unfuse(optimizer: Optimizer) -> None:
+    """Takes the multi-tensor kernels where torch's fused ones know no shards, which is in SGD and Adagrad."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and "betas" not in group and any(is_sharded(p) for p in group["params"]):
+            group["fused"], group["foreach"] = False, True
+
+
+def refuse(task: Task) -> None:
+    """Raises ValueError for what needs whole weights, or cannot be sharded."""
+    if isinstance(task, ContinualClassification):
+        raise ValueError(
+            "trainer=fsdp shards the weights that the learners of a task stream copy and compare. Try trainer=ddp"
+        )
+    scalars = [name for name, p in task.model.named_parameters() if p.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"trainer=fsdp shards along the first axis, and {scalars[0]} is a single number. Try trainer=ddp"
+        )
+
+
+def share_of(value: Any, parameter: nn.Parameter) -> Any:
+    """This process's share of a state shaped like its sharded parameter; anything else as it is."""
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and is_sharded(parameter)):
+        return value
+    if value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def share(buffers: list[Tensor]) -> None:
+    """Gives every process what rank 0 has; one transfer per dtype."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in buffers:
+        alike.setdefault(buffer.dtype, []).append(buffer)
+    for same in alike.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in same])
+        distributed.broadcast(flat, 0)
+        pieces = flat.split([buffer.numel() for buffer in same])
+        torch._foreach_copy_(same, [piece.view_as(buffer) for piece, buffer in zip(pieces, same, strict=True)])
