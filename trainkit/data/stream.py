@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,13 @@ class TokenStream(Sequences):
     tokenizer_file: str | None = None
     fingerprint: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._collection: Collection | None = None
-
-    @property
+    @cached_property
     def collection(self) -> Collection:
-        if self._collection is None:
-            found = collect(self.path, val_path=self.val_path, dtype=self.dtype, vocab=self.vocab)
-            needed = found.about.get("vocab", 1)
-            if self.vocab is not None and self.vocab < needed:
-                raise ValueError(f"data.vocab={self.vocab} is less than the {needed} tokens of the text; leave it out")
-            self._collection = found
-        return self._collection
+        found = collect(self.path, val_path=self.val_path, dtype=self.dtype, vocab=self.vocab)
+        needed = found.about.get("vocab", 1)
+        if self.vocab is not None and self.vocab < needed:
+            raise ValueError(f"data.vocab={self.vocab} is less than the {needed} tokens of the text; leave it out")
+        return found
 
     def prepare_data(self) -> None:
         super().prepare_data()

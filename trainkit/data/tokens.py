@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +31,6 @@ class Tokens(Sequences):
     tokenizer_vocab: int = 4096
     tokenizer_file: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._corpus: Corpus | None = None
-
     def fingerprint(self) -> Any:
         """What the documents depend on, as plain values: equal fingerprints mean equal documents."""
         raise NotImplementedError
@@ -47,12 +43,10 @@ class Tokens(Sequences):
         """How many bytes the documents have; None where that is not known in advance."""
         return None
 
-    @property
+    @cached_property
     def corpus(self) -> Corpus:
         """The corpus in the cache, built if need be."""
-        if self._corpus is None:
-            self._corpus = self._prepared()
-        return self._corpus
+        return self._prepared()
 
     @property
     def codec(self) -> Codec:

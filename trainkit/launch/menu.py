@@ -25,7 +25,7 @@ usage: python run.py [-m] [group=option ...] [key=value ...]
   python run.py mode=eval resume=last                     test it
   python run.py mode=sample resume=last                   write text with it: sample.prompt, …
   python run.py mode=export resume=last                   its model as a folder of safetensors
-  python run.py mode=plan model=llama_7b trainer=fsdp     what a run would take: memory, computation, days
+  python run.py mode=plan model=llama_7b trainer=fsdp     its memory, FLOPs and days, before it runs
   python run.py norm=mix --cfg job                        show the whole configuration, run nothing
   python run.py hydra.searchpath=[my_conf] norm=mine      options from a folder of your own"""
 

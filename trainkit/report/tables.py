@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from trainkit.launch.summary import SHORT, STAGES, clock, size
+from trainkit.launch.summary import STAGES, clock, size
 from trainkit.report.collect import Collection, Run, relative
 from trainkit.report.findings import Difference, Findings, config_differences
 from trainkit.report.wording import title, unit, width
@@ -16,6 +16,9 @@ from trainkit.report.wording import title, unit, width
 VALUES = 12  # of one setting are listed; the CSV has them all
 SIGNS = {"finished": "✓", "failed": "✗", "diverged": "∞", "interrupted": "◐", "running": "…", "waiting": "○"}
 PACKAGES = ("python", "torch", "lightning", "git", "platform")  # stand first
+
+# What of each stage the tables have room for.
+SHORT = ("loss", "accuracy", "final_average_accuracy", "forgetting_chaudhry")
 
 
 def final_metrics(runs: Sequence[Run]) -> list[str]:
