@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -68,12 +69,6 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
 
     overrides: all the words behind it; typed: today's, by which a requeued SLURM job knows its run again.
     """
-    # Made of the parts below.
-    from trainkit.launch.convert import convert
-    from trainkit.launch.export import export
-    from trainkit.launch.plan import plan
-    from trainkit.launch.sample import sample
-
     to_terminal()
     if "accelerator" in cfg.trainer and cfg.mode == "train":
         check_launch(cfg.trainer)
@@ -83,8 +78,10 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
     try:
         if cfg.mode == "train":
             return train(cfg, overrides, mark(typed))
-        modes = {"eval": evaluate, "sample": sample, "convert": convert, "export": export, "plan": plan}
-        return modes[cfg.mode](cfg, overrides)
+        if cfg.mode == "eval":
+            return evaluate(cfg, overrides)
+        # sample(cfg, overrides) of trainkit/launch/sample.py, and so on: made of the parts below, imported when asked.
+        return getattr(import_module(f"trainkit.launch.{cfg.mode}"), cfg.mode)(cfg, overrides)
     except Interrupted as stopped:
         if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
             sys.exit(0)  # rank 0 tells; Lightning would kill it where a process that it started ends with another code

@@ -17,6 +17,7 @@ from trainkit.launch.console import log, show
 from trainkit.launch.explain import UserError
 from trainkit.launch.job import Result, build_task, make, mistakes
 from trainkit.launch.plan_screen import opening, sizes, totals
+from trainkit.launch.precision import choose_precision
 from trainkit.launch.remedies import remedies
 from trainkit.measure.blocks import blocks
 from trainkit.optimizer.partition import roles
@@ -114,6 +115,7 @@ def prepare(cfg: DictConfig) -> Planner:
     """Measures the model, the pass and the optimizer that the configuration describes."""
     with mistakes():
         device = device_of(cfg)
+        cfg.trainer.precision = precision_of(cfg, device)
         assumed = facts(cfg)
         layout = layout_of(cfg, device)
         micro = max(1, cfg.data.batch_size // (layout.devices * layout.accumulate))
@@ -240,7 +242,9 @@ def precision_of(cfg: DictConfig, device: Device) -> str:
     """trainer.precision; of `auto` what the device is fast at."""
     precision = str(cfg.trainer.get("precision", "32-true"))
     if precision == "auto":
-        precision = "32-true" if device.peak is None or device.name in NO_BFLOAT16 else "bf16-mixed"
+        if device.peak is None:
+            return choose_precision("cpu")[0]
+        return "32-true" if device.name in NO_BFLOAT16 else "bf16-mixed"
     if precision not in (*(f"{kind}-true" for kind in DTYPES), "bf16-mixed", "16-mixed"):
         raise UserError(f"mode=plan knows no trainer.precision={precision}: try bf16-mixed or 32-true")
     return precision
