@@ -8,8 +8,8 @@ which trainkit/launch/job.py reads like. `python run.py --help` shows the menu.
 import sys
 
 from trainkit.launch.explain import UserError
-from trainkit.launch.launched import adopt
 from trainkit.launch.preflight import preflight
+from trainkit.launch.process.launched import adopt
 
 
 def main(argv: list[str]) -> int:

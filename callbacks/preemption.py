@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from trainkit.launch.console import log
-from trainkit.launch.interruption import Interrupted
+from trainkit.launch.process.interruption import Interrupted
 from trainkit.task.base import Task
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -217,7 +217,7 @@ def test_an_export_of_subwords_needs_no_data(subwords, tmp_path, monkeypatch):
     folder = trainkit.run(["mode=export", f"resume={subwords}", f"export.dir={tmp_path / 'out'}"]).dir
     config = yaml.safe_load((folder / "config.yaml").read_text())
     expected = text_of(sampled(subwords, "sample.prompt=line", "sample.temperature=0"))
-    monkeypatch.setattr("trainkit.launch.sample.build_data", lambda cfg: pytest.fail("the data were read"))
+    monkeypatch.setattr("trainkit.launch.mode.sample.build_data", lambda cfg: pytest.fail("the data were read"))
     assert config["data"]["tokenizer"] == "bpe"
     assert text_of(sampled(folder, "sample.prompt=line", "sample.temperature=0")) == expected
 
@@ -296,7 +296,7 @@ def test_an_export_that_fails_leaves_nothing(gpt, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("trainkit.launch.export.save_config", fails)
+    monkeypatch.setattr("trainkit.launch.mode.export.save_config", fails)
     with pytest.raises(RuntimeError, match="broken"):
         trainkit.run(["mode=export", f"resume={gpt}", f"export.dir={tmp_path / 'out'}"])
     assert list(tmp_path.iterdir()) == []

@@ -14,9 +14,9 @@ from tests.launch import sharded
 from tests.menu import build, options
 from tests.test_ranks import words  # noqa: F401  # a fixture
 from tests.test_runs import door
-from trainkit.launch.engine import check_devices, engine
-from trainkit.launch.fsdp import refuse
 from trainkit.launch.preflight import UserError, check
+from trainkit.launch.process.engine import check_devices, engine
+from trainkit.launch.process.fsdp import refuse
 from trainkit.model.parts.recompute import blocks_of, recompute
 
 WHOLE = {"adagrad_norm", "adamp", "asam", "auon", "conda", "dct_adamw", "fira", "galore", "hybrid_auon", "lamb", "lars"}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_runs import ROOT, corpus, door, losses, words  # noqa: F401  # corpus and words are fixtures
 from tests.test_sweeps import alive, start, until
-from trainkit.launch.choices import LAUNCHERS
+from trainkit.launch.check.choices import LAUNCHERS
 from trainkit.launch.preflight import UserError, check
 
 

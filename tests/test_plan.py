@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trainkit
 from trainkit.bench.timing import kept_bytes, peak_bytes
-from trainkit.launch import room
 from trainkit.launch.explain import UserError
 from trainkit.launch.job import build_task
-from trainkit.launch.plan import Device, facts, prepare
+from trainkit.launch.mode.planner import Device, facts, prepare
+from trainkit.launch.mode.remedies import remedies
 from trainkit.launch.preflight import check
-from trainkit.launch.remedies import remedies
+from trainkit.launch.process import room
 from trainkit.model.parts.recompute import blocks_of, recompute
 from trainkit.optimizer.dct import basis, dct
 from trainkit.optimizer.partition import by_role, roles, split

@@ -12,9 +12,10 @@ import torch
 import yaml
 
 import trainkit
-from trainkit.launch import machine, rundir
+from trainkit.launch import rundir
 from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import check
+from trainkit.launch.process import machine
 from trainkit.launch.resume import recorded
 from trainkit.report.metrics_file import read
 

@@ -18,8 +18,8 @@ from callbacks.preemption import Preemption
 from tests.callbacks.test_checkpoint import load, same
 from tests.callbacks.toy import fit, rows
 from tests.test_runs import ROOT, SMALL, corpus, losses, words  # noqa: F401  # fixtures
-from trainkit.launch.interruption import Interrupted, requeue
 from trainkit.launch.loggers import JsonlLogger
+from trainkit.launch.process.interruption import Interrupted, requeue
 from trainkit.report.metrics_file import readable
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138}

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.menu import options
 from trainkit.launch.compose import compose
-from trainkit.launch.fsdp import shard, unfuse
+from trainkit.launch.process.fsdp import shard, unfuse
 from trainkit.launch.sources import CONF
 from trainkit.measure.grad_norm import grad_norm, grad_norm_l1
 from trainkit.measure.shards import is_sharded

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tests.menu import build, options
-from trainkit.launch import compiling
-from trainkit.launch.compiling import compile_blocks, wanted
+from trainkit.launch.process import compiling
+from trainkit.launch.process.compiling import compile_blocks, wanted
 from trainkit.measure.modes import evaluating
 from trainkit.model.parts.token_loss import token_loss
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from trainkit.launch.guards import refusal
+from trainkit.launch.check.guards import refusal
 from trainkit.launch.preflight import UserError, check
 
 SOURCE = """

@@ -20,10 +20,10 @@ from tests.launch.test_sweep import (  # noqa: F401  # fixtures
     told,
 )
 from trainkit.launch import sweep as module
-from trainkit.launch.hparams_search import Range, entries, text
+from trainkit.launch.mode.hparams_search import Range, entries, text
+from trainkit.launch.mode.suggestions import Suggestions
 from trainkit.launch.preflight import UserError, check
 from trainkit.launch.resume import recorded
-from trainkit.launch.suggestions import Suggestions
 
 SEARCH = ["mode=search", "hparams_search=optuna"]
 LR = ["hparams_search=lr_sensitivity", "hparams_search.lr=[1e-3,1e-2,1e-1]"]
@@ -111,7 +111,7 @@ assert not {{"optuna", "torch", "lightning", "matplotlib"}} & set(sys.modules)
 
 
 def test_optuna_that_is_not_installed_is_a_sentence(monkeypatch):
-    monkeypatch.setattr("trainkit.launch.hparams_search.find_spec", lambda name: None)
+    monkeypatch.setattr("trainkit.launch.mode.hparams_search.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'trainkit\[search\]'") as caught:
         check(SEARCH)
     assert "\n" not in str(caught.value)

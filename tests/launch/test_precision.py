@@ -4,10 +4,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from trainkit.launch import machine, precision
-from trainkit.launch.precision import check_precision, choose_precision
+from trainkit.launch.process import machine, precision
+from trainkit.launch.process.precision import check_precision, choose_precision
+from trainkit.launch.process.settle import settle
 from trainkit.launch.runconfig import save_config
-from trainkit.launch.settle import settle
 from trainkit.launch.trainer import trainer
 
 

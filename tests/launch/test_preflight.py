@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 
 from tests.schedule.earlier import earlier_run
 from trainkit.launch import preflight as door
-from trainkit.launch.annotation import fits
+from trainkit.launch.check.annotation import fits
+from trainkit.launch.check.composition import options_with
+from trainkit.launch.check.signature import signature
+from trainkit.launch.check.targets import HOSTS, shipped
 from trainkit.launch.compose import CONF, compose, overlay, user_cache
-from trainkit.launch.composition import options_with
 from trainkit.launch.preflight import UserError, allowed, check, check_config, preflight
-from trainkit.launch.signature import signature
 from trainkit.launch.sources import Folders, default_groups
-from trainkit.launch.targets import HOSTS, shipped
 
 MISTAKES = yaml.safe_load((Path(__file__).parent / "mistakes.yaml").read_text())
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from trainkit.launch.launched import OF_A_TASK, Launch, adopt, check_launch, launched
 from trainkit.launch.preflight import UserError, check
-from trainkit.launch.ranks import disagreement
+from trainkit.launch.process.launched import OF_A_TASK, Launch, adopt, check_launch, launched
+from trainkit.launch.process.ranks import disagreement
 
 VARIABLES = (*OF_A_TASK, "SLURM_NNODES", "SLURM_JOB_NAME", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from trainkit.launch import machine, rundir, summary
+from trainkit.launch import rundir, summary
 from trainkit.launch import sweep as module
 from trainkit.launch.console import log, to_terminal
 from trainkit.launch.preflight import UserError, check
+from trainkit.launch.process import machine
 from trainkit.launch.resume import recorded
 
 FAKE = Path(__file__).with_name("fake_run.py")

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.menu import build, options
+from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.words import parse
 from trainkit.launch.compose import compose
-from trainkit.launch.composition import Composition
 from trainkit.launch.menu import menu
 from trainkit.launch.sources import CONF, Folders
-from trainkit.launch.words import parse
 from trainkit.optimizer.partition import by_role, split
 from trainkit.optimizer.sam import SAM
 

@@ -233,7 +233,7 @@ def test_a_further_rank_takes_the_run_that_rank_0_took(tmp_path, monkeypatch):
 def test_the_jobs_of_a_sweep_read_the_log_once(tmp_path, monkeypatch):
     run = earlier_run(tmp_path / "run", [1.0] * 9)
     reads = []
-    monkeypatch.setattr("trainkit.launch.from_run.recorded", lambda *given: reads.append(given))
+    monkeypatch.setattr("trainkit.launch.check.from_run.recorded", lambda *given: reads.append(given))
     check(["-m", "optimizer=sgd", "schedule=refined", f"schedule.from_run={run}", "seed=range(5)"])
     assert len(reads) == 1
 

@@ -21,7 +21,7 @@ from tests.surgery.folders import (
 )
 from trainkit.launch.compose import compose
 from trainkit.launch.explain import UserError
-from trainkit.launch.pretrained import load
+from trainkit.launch.huggingface.pretrained import load
 
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 92, 65, 35, 89])
 

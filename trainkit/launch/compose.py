@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.launch.composition import Composition, exists, leaves
+from trainkit.launch.check.composition import Composition, exists, leaves
+from trainkit.launch.check.values import SPACE, check_value
+from trainkit.launch.check.words import parse
 from trainkit.launch.explain import UserError, explained
 from trainkit.launch.sources import CONF, Folders, folder_of
-from trainkit.launch.values import SPACE, check_value
-from trainkit.launch.words import parse
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

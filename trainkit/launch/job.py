@@ -27,22 +27,22 @@ from omegaconf import DictConfig, OmegaConf
 from trainkit.continual.strategy import Strategy
 from trainkit.launch import rundir, versions
 from trainkit.launch.checkpoints import newest
-from trainkit.launch.children import die_with
-from trainkit.launch.compiling import compile_blocks, wanted
 from trainkit.launch.console import log, show, to_file, to_terminal
 from trainkit.launch.disk import DiskError
-from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
 from trainkit.launch.footprint import footprint
-from trainkit.launch.interruption import Interrupted, requeue
-from trainkit.launch.launched import check_interactive, check_launch, launched, mark, requeued
+from trainkit.launch.mode.earlier import earlier
 from trainkit.launch.monitors import check_monitors
-from trainkit.launch.ranks import Agreement, supervise, tell_directory, together, told_directory
-from trainkit.launch.room import check_room, is_out_of_memory, out_of_memory
+from trainkit.launch.process.children import die_with
+from trainkit.launch.process.compiling import compile_blocks, wanted
+from trainkit.launch.process.interruption import Interrupted, requeue
+from trainkit.launch.process.launched import check_interactive, check_launch, launched, mark, requeued
+from trainkit.launch.process.ranks import Agreement, supervise, tell_directory, together, told_directory
+from trainkit.launch.process.room import check_room, is_out_of_memory, out_of_memory
+from trainkit.launch.process.settle import settle
 from trainkit.launch.runconfig import continues, plain, save_config
 from trainkit.launch.rundir import Run
 from trainkit.launch.screens import opening, scores, summary
-from trainkit.launch.settle import settle
 from trainkit.launch.summary import STAGES
 from trainkit.launch.unused import unused_norm_layer
 from trainkit.launch.weights import from_run, give_form, initialize, unreadable
@@ -80,8 +80,8 @@ def execute(cfg: DictConfig, overrides: list[str], typed: Sequence[str]) -> Resu
             return train(cfg, overrides, mark(typed))
         if cfg.mode == "eval":
             return evaluate(cfg, overrides)
-        # sample(cfg, overrides) of trainkit/launch/sample.py, and so on: made of the parts below, imported when asked.
-        return getattr(import_module(f"trainkit.launch.{cfg.mode}"), cfg.mode)(cfg, overrides)
+        # sample(cfg, overrides) of mode/sample.py, and so on: made of the parts below, imported when asked for.
+        return getattr(import_module(f"trainkit.launch.mode.{cfg.mode}"), cfg.mode)(cfg, overrides)
     except Interrupted as stopped:
         if rundir.rank() > 0 and rundir.SHARED_DIR in os.environ:
             sys.exit(0)  # rank 0 tells; Lightning would kill it where a process that it started ends with another code

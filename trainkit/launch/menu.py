@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from trainkit.launch.definition import docstring
+from trainkit.launch.check.definition import docstring
+from trainkit.launch.check.suggest import OURS
 from trainkit.launch.sources import CONF, Folders, Source, default_groups, owners
-from trainkit.launch.suggest import OURS
 
 WIDTH = 100
 USAGE = """\

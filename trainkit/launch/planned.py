@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch import words
+from trainkit.launch.check import words
+from trainkit.launch.check.composition import options_with
 from trainkit.launch.compose import search
-from trainkit.launch.composition import options_with
 from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import check_each
 from trainkit.schedule.warmup import Schedule

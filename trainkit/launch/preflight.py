@@ -14,8 +14,9 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch import hparams_search, rundir, words
-from trainkit.launch.choices import (
+from trainkit.launch import rundir
+from trainkit.launch.check import words
+from trainkit.launch.check.choices import (
     OVERLAYS,
     check_choice,
     check_companions,
@@ -24,15 +25,16 @@ from trainkit.launch.choices import (
     check_launcher,
     check_sweep,
 )
+from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.from_run import check_from_run, settled
+from trainkit.launch.check.guards import check_guards
+from trainkit.launch.check.ranges import check_compile, check_export, check_plan, check_sample
+from trainkit.launch.check.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
+from trainkit.launch.check.values import check_missing, check_nodes, check_share, check_top, check_value
 from trainkit.launch.compose import assign, choose, is_value, register_resolvers, search
-from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean
-from trainkit.launch.from_run import check_from_run, settled
-from trainkit.launch.guards import check_guards
-from trainkit.launch.ranges import check_compile, check_export, check_plan, check_sample
+from trainkit.launch.mode import hparams_search
 from trainkit.launch.sources import Folders, default_groups
-from trainkit.launch.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
-from trainkit.launch.values import check_missing, check_nodes, check_share, check_top, check_value
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainkit.launch import hparams_search, rundir
+from trainkit.launch import rundir
+from trainkit.launch.check.words import of_a_launcher, parse, quoted
 from trainkit.launch.compose import choose, is_value, search
 from trainkit.launch.explain import UserError
-from trainkit.launch.launched import mark, requeued
+from trainkit.launch.mode import hparams_search
 from trainkit.launch.preflight import OF_THE_SWEEP, Plan, check, check_each
-from trainkit.launch.words import of_a_launcher, parse, quoted
+from trainkit.launch.process.launched import mark, requeued
 
 # `plugins` and folders that may set it count only when they are typed: a run directory from elsewhere must not widen
 # what may be executed.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from trainkit.launch.composition import select
+from trainkit.launch.check.composition import select
 from trainkit.launch.runconfig import plain
 from trainkit.launch.summary import STAGES
 

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from trainkit.launch import rundir
-from trainkit.launch.children import LEFT_OVER, Child, end
+from trainkit.launch.check.words import of_a_launcher
 from trainkit.launch.console import log, show, to_terminal
 from trainkit.launch.explain import UserError, shorten
-from trainkit.launch.interruption import OF_A_SWEEP, Interrupted, requeue
-from trainkit.launch.launched import launched, mark
-from trainkit.launch.machine import default_threads, gpus
 from trainkit.launch.preflight import Plan, check_each
+from trainkit.launch.process.children import LEFT_OVER, Child, end
+from trainkit.launch.process.interruption import OF_A_SWEEP, Interrupted, requeue
+from trainkit.launch.process.launched import launched, mark
+from trainkit.launch.process.machine import default_threads, gpus
 from trainkit.launch.sources import RUN
 from trainkit.launch.summary import clock, label, table, varied, write
-from trainkit.launch.words import of_a_launcher
 
 if TYPE_CHECKING:
-    from trainkit.launch.launchers import Outcome
-    from trainkit.launch.suggestions import Suggestions
+    from trainkit.launch.mode.suggestions import Suggestions
+    from trainkit.launch.process.launchers import Outcome
 
 # What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
 FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -256,7 +256,7 @@ class Sweep:
 
     def _begin_search(self, before: list[dict[str, Any]]) -> None:
         """A study that knows the jobs of an earlier start."""
-        from trainkit.launch.suggestions import Suggestions
+        from trainkit.launch.mode.suggestions import Suggestions
 
         search = self.plan.search
         assert search is not None
@@ -299,7 +299,7 @@ class Sweep:
 
     def _through_the_launcher(self) -> None:
         """Hands the waiting jobs to a Hydra launcher and notes each as it ends, wherever that was."""
-        from trainkit.launch.launchers import launch
+        from trainkit.launch.process.launchers import launch
 
         waiting = [number for number, job in enumerate(self.jobs) if job["status"] not in OVER]
         for number in waiting:

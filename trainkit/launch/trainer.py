@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from trainkit.launch.engine import check_devices, check_engine, engine
-from trainkit.launch.machine import default_threads
-from trainkit.launch.precision import check_precision, choose_precision
+from trainkit.launch.process.engine import check_devices, check_engine, engine
+from trainkit.launch.process.machine import default_threads
+from trainkit.launch.process.precision import check_precision, choose_precision
 from trainkit.model.parts.recompute import blocks_of, recompute
 
 

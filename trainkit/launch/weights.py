@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from trainkit.launch import pretrained, rundir
+from trainkit.launch import rundir
 from trainkit.launch.explain import UserError
+from trainkit.launch.huggingface import pretrained
 from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
 from trainkit.surgery import FORMS

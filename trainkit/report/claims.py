@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.launch import rundir
-from trainkit.launch.machine import cores
+from trainkit.launch.process.machine import cores
 from trainkit.launch.sources import CONF, RUN
 from trainkit.launch.summary import clock
 from trainkit.launch.sweep import diverged

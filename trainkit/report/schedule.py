@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainkit.launch import words
+from trainkit.launch.check import words
 from trainkit.launch.explain import UserError
 from trainkit.launch.planned import Planned, planned
 from trainkit.launch.rundir import make

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from trainkit.launch import words
+from trainkit.launch.check import words
 from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import OF_THE_SWEEP, Plan, check
 from trainkit.launch.rundir import make, write_text

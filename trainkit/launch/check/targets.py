@@ -16,12 +16,12 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from trainkit.launch.annotation import choices as literals
-from trainkit.launch.annotation import fits, written
-from trainkit.launch.composition import Composition, select, walk
-from trainkit.launch.definition import locate, names
+from trainkit.launch.check.annotation import choices as literals
+from trainkit.launch.check.annotation import fits, written
+from trainkit.launch.check.composition import Composition, select, walk
+from trainkit.launch.check.definition import locate, names
+from trainkit.launch.check.signature import Parameter, Signature, signature
 from trainkit.launch.explain import UserError, did_you_mean, listed, shown
-from trainkit.launch.signature import Parameter, Signature, signature
 from trainkit.launch.sources import CONF
 
 PACKAGES = ("trainkit", "callbacks")

@@ -10,7 +10,7 @@ from trainkit.plan.memory import GIB, memory, traffic
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from trainkit.launch.plan import Planner
+    from trainkit.launch.mode.planner import Planner
 
 DAY = 86400
 NOTHING = 1e-3  # of the peak: what is smaller has no row

@@ -14,8 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from trainkit.launch.architectures import ARCHITECTURES
 from trainkit.launch.explain import UserError, shown
+from trainkit.launch.huggingface.architectures import ARCHITECTURES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Buffers of older releases, which hold no weights: causal masks and rotary frequencies.

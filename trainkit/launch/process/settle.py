@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig
 
 from trainkit.launch import rundir
-from trainkit.launch.machine import default_threads
-from trainkit.launch.precision import choose_precision
+from trainkit.launch.process.machine import default_threads
+from trainkit.launch.process.precision import choose_precision
 from trainkit.launch.runconfig import load_config
 
 

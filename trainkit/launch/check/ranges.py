@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainkit.launch.composition import Composition
+from trainkit.launch.check.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean, shown
 from trainkit.launch.explain import listed as known
 from trainkit.plan.devices import MEMORY_GB, listed

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch.explain import UserError, did_you_mean, listed
-from trainkit.launch.hparams_search import Range, Search, entries
+from trainkit.launch.mode.hparams_search import Range, Search, entries
 from trainkit.launch.summary import Job
 
 if TYPE_CHECKING:

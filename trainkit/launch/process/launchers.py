@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from trainkit.launch import rundir
-from trainkit.launch.children import Child, end
+from trainkit.launch.check.words import of_a_launcher
 from trainkit.launch.console import log
 from trainkit.launch.explain import UserError, explained
-from trainkit.launch.launched import adopt, launched
-from trainkit.launch.words import of_a_launcher
+from trainkit.launch.process.children import Child, end
+from trainkit.launch.process.launched import adopt, launched
 
 if TYPE_CHECKING:
     from trainkit.launch.preflight import Plan

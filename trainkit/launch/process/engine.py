@@ -59,7 +59,7 @@ def engine(strategy: Any, precision: str | None, **options: Any) -> dict[str, An
             raise ValueError(f"trainer.{name} is an option of trainer.strategy={owner}, and this run has {strategy}")
     mine = theirs | {name: value for name, value in options.items() if name in theirs}
     if strategy == "ddp":
-        from trainkit.launch.ddp import DataParallel
+        from trainkit.launch.process.ddp import DataParallel
 
         return {"strategy": DataParallel(**mine), "precision": precision}
     if strategy == "fsdp":
@@ -72,7 +72,7 @@ def sharded(precision: str | None, options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("trainer=fsdp needs a torch that was built with torch.distributed. Try trainer=gpu")
     from lightning.pytorch.plugins import DoublePrecision
 
-    from trainkit.launch.fsdp import FullySharded
+    from trainkit.launch.process.fsdp import FullySharded
 
     # Lightning lets the strategies that it is based on have every precision but double.
     known = {"plugins": [DoublePrecision()]} if precision == "64-true" else {"precision": precision}

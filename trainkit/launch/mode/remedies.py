@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainkit.launch.explain import UserError
-from trainkit.launch.plan_screen import gib
+from trainkit.launch.mode.plan_screen import gib
 from trainkit.plan.memory import Memory, Numbers, memory
 from trainkit.plan.optimizer import optimizer_memory
 
 if TYPE_CHECKING:
-    from trainkit.launch.plan import Planner
+    from trainkit.launch.mode.planner import Planner
 
 SMALLER = ("lion", "muon", "galore", "sinkgd")  # optimizers that hold less than AdamW
 PER_NODE, MOST = 8, 4096  # devices that a machine usually has, and that are tried

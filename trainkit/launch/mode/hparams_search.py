@@ -1,7 +1,7 @@
 """`hparams_search=`: what a sweep adds to its words or looks for, read and checked before anything is started.
 
 A node of this group says its kind. lr_sensitivity adds learning rates to the grid of a sweep (-m); optuna has a space,
-and mode=search asks it for one job after the other (trainkit/launch/suggestions.py).
+and mode=search asks it for one job after the other (trainkit/launch/mode/suggestions.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from trainkit.launch import words
-from trainkit.launch.choices import check_choice
+from trainkit.launch.check import words
+from trainkit.launch.check.choices import check_choice
+from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.values import SPACE, check_value
 from trainkit.launch.compose import is_value
-from trainkit.launch.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean, shown
 from trainkit.launch.sources import Folders, default_groups
 from trainkit.launch.summary import STAGES
-from trainkit.launch.values import SPACE, check_value
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

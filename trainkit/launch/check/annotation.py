@@ -6,8 +6,8 @@ import ast
 from collections.abc import Iterable
 from typing import Any
 
-from trainkit.launch.definition import dotted_name, resolve
-from trainkit.launch.signature import Parameter
+from trainkit.launch.check.definition import dotted_name, resolve
+from trainkit.launch.check.signature import Parameter
 
 LISTS = {"list", "List", "tuple", "Tuple", "Sequence", "Iterable", "Collection", "set", "Set"}
 DICTS = {"dict", "Dict", "Mapping", "MutableMapping"}

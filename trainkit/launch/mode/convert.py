@@ -10,9 +10,9 @@ from torch import nn
 
 from trainkit.launch import rundir, versions
 from trainkit.launch.console import log, to_file
-from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
 from trainkit.launch.job import Result, build_data, build_task, mistakes
+from trainkit.launch.mode.earlier import earlier
 from trainkit.launch.runconfig import load_config, save_config
 from trainkit.launch.weights import from_run
 from trainkit.surgery import FORMS

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.launch import rundir
-from trainkit.launch.composition import Composition
+from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.words import quoted
 from trainkit.launch.explain import UserError
-from trainkit.launch.words import quoted
 from trainkit.schedule.refined import norm_for, recorded
 
 if TYPE_CHECKING:

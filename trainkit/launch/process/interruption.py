@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 from trainkit.launch.console import log
-from trainkit.launch.launched import slurm_job
+from trainkit.launch.process.launched import slurm_job
 
 OF_A_SWEEP = "TRAINKIT_OF_A_SWEEP"  # set for the jobs of a sweep, which goes back into the queue as a whole
 

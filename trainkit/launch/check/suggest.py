@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from trainkit.launch.composition import Composition, options_with, select, walk
+from trainkit.launch.check.composition import Composition, options_with, select, walk
 from trainkit.launch.explain import listed, nearest
 
 OURS = ("choices", "requires", "prefers")  # written by the choices, not by people

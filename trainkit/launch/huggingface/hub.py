@@ -14,9 +14,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from trainkit.launch.architectures import ARCHITECTURES, GELU, GPT2_LINEARS, GPT2_NORMS, LLAMA_LINEARS
 from trainkit.launch.explain import UserError
-from trainkit.launch.pretrained import differing
+from trainkit.launch.huggingface.architectures import ARCHITECTURES, GELU, GPT2_LINEARS, GPT2_NORMS, LLAMA_LINEARS
+from trainkit.launch.huggingface.pretrained import differing
 
 State = dict[str, Tensor]
 

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from trainkit.launch import rundir
 from trainkit.launch.console import log
 from trainkit.launch.explain import shorten
-from trainkit.launch.launched import launched
+from trainkit.launch.process.launched import launched
 from trainkit.launch.sources import RUN
 
 POLL = 0.2  # seconds between two looks at the others

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainkit.launch.composition import Composition, walk
-from trainkit.launch.definition import locate
-from trainkit.launch.evaluate import UNKNOWN, Refused, call
+from trainkit.launch.check.composition import Composition, walk
+from trainkit.launch.check.definition import locate
+from trainkit.launch.check.evaluate import UNKNOWN, Refused, call
+from trainkit.launch.check.targets import HYDRA_KEYS, split_off
 from trainkit.launch.explain import UserError
-from trainkit.launch.targets import HYDRA_KEYS, split_off
 
 
 def check_guards(job: Composition) -> None:

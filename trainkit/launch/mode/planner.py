@@ -1,4 +1,4 @@
-"""mode=plan: what a run would take (memory, computation, communication, days), told without running it."""
+"""A configuration measured without running it: what a plan is made of."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainkit.data.tokenizer import Subwords
-from trainkit.launch import machine, rundir
-from trainkit.launch.console import log, show
 from trainkit.launch.explain import UserError
-from trainkit.launch.job import Result, build_task, make, mistakes
-from trainkit.launch.plan_screen import opening, sizes, totals
-from trainkit.launch.precision import choose_precision
-from trainkit.launch.remedies import remedies
+from trainkit.launch.job import build_task, make, mistakes
+from trainkit.launch.process import machine
+from trainkit.launch.process.precision import choose_precision
 from trainkit.measure.blocks import blocks
 from trainkit.optimizer.partition import roles
 from trainkit.plan.devices import HALF_PEAK, MEMORY_GB, NO_BFLOAT16, listed
@@ -87,28 +84,6 @@ class Planner:
         if precision:
             cfg.trainer.precision = precision
         return _numbers(cfg, self.device, micro_batch, self.numbers.optimizer if precision is None else None)
-
-
-def plan(cfg: DictConfig, overrides: list[str]) -> Result:
-    """Prints the plan; creates nothing, but for paths.run_dir/plan.json where that folder is given.
-
-    Raises UserError for settings that no run could have, and for images whose size only their data tell.
-    """
-    planner = prepare(cfg)
-    needed, room = planner.memory, planner.device.bytes
-    advice = remedies(planner, overrides) if needed.peak > room else []
-    record = totals(planner)
-    log.info("%s", opening(planner))
-    show(sizes(planner))
-    for line in advice:
-        log.info("%s", line.text(room))
-    if cfg.paths.run_dir:
-        directory = rundir.given(cfg.paths.run_dir)
-        rundir.make(directory)
-        rundir.write_json(directory / "plan.json", record | {"remedies": [vars(line) for line in advice]})
-        log.info("written to %s", directory / "plan.json")
-    metrics = {f"plan/{name}": float(value) for name, value in record.items() if isinstance(value, (int, float))}
-    return Result(Path(cfg.paths.run_dir or "."), metrics, "finished")
 
 
 def prepare(cfg: DictConfig) -> Planner:

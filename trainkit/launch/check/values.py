@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch.annotation import fits
-from trainkit.launch.composition import Composition, exists, leaves, select, walk
+from trainkit.launch.check.annotation import fits
+from trainkit.launch.check.composition import Composition, exists, leaves, select, walk
+from trainkit.launch.check.suggest import OURS, similar, unknown
+from trainkit.launch.check.targets import parameter, wrong_type
 from trainkit.launch.explain import UserError, did_you_mean, shown
 from trainkit.launch.sources import CONF, Source
-from trainkit.launch.suggest import OURS, similar, unknown
-from trainkit.launch.targets import parameter, wrong_type
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -15,16 +15,16 @@ from omegaconf import DictConfig
 
 from trainkit.data.tokenizer import FILE, Bytes, Subwords, byte_tokenizer
 from trainkit.launch import rundir, versions
-from trainkit.launch.architectures import ARCHITECTURES
+from trainkit.launch.check.ranges import check_empty
 from trainkit.launch.console import log
 from trainkit.launch.disk import writing
-from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import shown
-from trainkit.launch.hub import layout
+from trainkit.launch.huggingface.architectures import ARCHITECTURES
+from trainkit.launch.huggingface.hub import layout
 from trainkit.launch.job import Result, build_data, build_task, mistakes
-from trainkit.launch.ranges import check_empty
+from trainkit.launch.mode.earlier import earlier
+from trainkit.launch.mode.sample import end_of_document, reads_text
 from trainkit.launch.runconfig import save_config
-from trainkit.launch.sample import end_of_document, reads_text
 from trainkit.launch.weights import WEIGHTS, exported, from_run
 from trainkit.task.base import Task
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch.composition import Composition
+from trainkit.launch.check.composition import Composition
 from trainkit.launch.explain import UserError, did_you_mean, listed, shown
 from trainkit.launch.sources import Folders, Source, owners
 

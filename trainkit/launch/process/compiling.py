@@ -11,7 +11,7 @@ from torch import nn
 
 from trainkit.launch.console import log
 from trainkit.launch.explain import shorten
-from trainkit.launch.precision import device_kind
+from trainkit.launch.process.precision import device_kind
 from trainkit.model.parts.recompute import blocks_of
 
 VERSIONS = 8  # of a block, one per mode and shape of its input; torch's own limit is for all blocks together

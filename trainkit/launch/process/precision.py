@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainkit.launch.machine import bfloat16_unit
+from trainkit.launch.process.machine import bfloat16_unit
 
 PRECISIONS = ("auto", "64-true", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 

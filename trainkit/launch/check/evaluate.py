@@ -11,8 +11,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainkit.launch.definition import Definition, Imported, dotted_name, flat, names, resolve
-from trainkit.launch.targets import NOT_PLUGINS, PACKAGES
+from trainkit.launch.check.definition import Definition, Imported, dotted_name, flat, names, resolve
+from trainkit.launch.check.targets import NOT_PLUGINS, PACKAGES
 
 MAX_DEPTH = 8  # calls within calls that are followed; in others' packages one, the constructor of a base
 MAX_ITEMS = 100  # rounds of a loop that are followed

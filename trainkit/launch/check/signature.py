@@ -9,7 +9,7 @@ import ast
 from dataclasses import dataclass, field
 from functools import cache
 
-from trainkit.launch.definition import MAX_HOPS, Definition, Imported, dotted_name, flat, locate, names, resolve
+from trainkit.launch.check.definition import MAX_HOPS, Definition, Imported, dotted_name, flat, locate, names, resolve
 
 # Bases that add no keyword of their own. nn.Module is named because its file is long and its own __init__ refuses all.
 PLAIN_BASES = {"object", "torch.nn.Module", "abc.ABC", "typing.Generic", "typing.Protocol"}

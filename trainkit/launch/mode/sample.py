@@ -17,10 +17,10 @@ from trainkit.data.sequences import Sequences
 from trainkit.data.tokenizer import Bytes, Codec, load_codec
 from trainkit.launch import rundir, versions
 from trainkit.launch.console import log
-from trainkit.launch.earlier import earlier
 from trainkit.launch.explain import UserError
 from trainkit.launch.job import Result, build_data, build_task, mistakes
-from trainkit.launch.settle import settle
+from trainkit.launch.mode.earlier import earlier
+from trainkit.launch.process.settle import settle
 from trainkit.launch.weights import exported, from_run
 from trainkit.model.parts.generate import PROBE, Reader, looking, reads_alike, tokens_after
 
