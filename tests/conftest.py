@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("kills")
         for row in dict.fromkeys(rows):
             terminalreporter.line(str(row))
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, also where the tests were started in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -13,7 +13,6 @@ from tests.launch.test_sweep import (  # noqa: F401  # fixtures
     fake,
     go,
     interrupt,
-    interruptible,
     jobs,
     overlaps,
     seen,

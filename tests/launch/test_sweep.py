@@ -243,14 +243,6 @@ def interrupt(tmp_path: Path, *numbers: int, job: str = "1") -> threading.Thread
     return thread
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C is heard, also where the tests were started in the background of a script, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_all_and_says_how_to_go_on(go, tmp_path, told, number, code):

@@ -65,14 +65,6 @@ def test_a_report_that_fails_is_one_warning(tmp_path, told, monkeypatch):
     assert not (tmp_path / "sweep" / "report.html").exists()
 
 
-@pytest.fixture
-def interruptible():
-    """Whoever starts the tests in the background lets them ignore Ctrl-C, and so would the sweep."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_an_interrupted_sweep_has_a_report_of_what_there_is(tmp_path, told, interruptible):
     def interrupt():
         while not (tmp_path / "sweep" / "1" / "pids").exists():
