@@ -94,13 +94,15 @@ class Paced:
         self.task: Task = build_task(cfg)
         listening = {name: c for name, c in (make(cfg, "callbacks") or {}).items() if name not in OUTSIDE_OF_STEPS}
         self._gate = Gate()
-        self.spent = 0.0  # seconds in the callbacks' hooks and in handing their numbers to the log
+        self.spent = 0.0  # seconds in the callbacks' hooks, the gradient's treatment, and handing numbers to the log
         self._clock = CLOCKS[given.clock]
         for callback in listening.values():
             for hook in (name for name in dir(Callback) if name.startswith("on_")):
                 if getattr(type(callback), hook) is not getattr(Callback, hook):
                     setattr(callback, hook, self._timed(getattr(callback, hook)))
         self.task.flush = self._timed(self.task.flush)  # type: ignore[method-assign]
+        # Whoever looks at the gradients first pays for the treatment, too: the guard, and where there is none, it.
+        self.task.treat_gradient = self._timed(self.task.treat_gradient)  # type: ignore[method-assign]
         folder = folder / name
         folder.mkdir()
         trainer: Trainer = make(cfg, "trainer")(callbacks=[self._gate, *listening.values()], run_dir=folder)
@@ -219,8 +221,9 @@ def _turned(names: list[str], number: int) -> list[str]:
 def results(found: dict[str, Any], given: argparse.Namespace) -> list[dict[str, Any]]:
     """One entry per run: seconds of a step and of one of the reference, and the median of the rounds' own ratios.
 
-    inside: what is spent in the hooks of the callbacks and in logging, less what the reference spends there, as a share
-    of its step: without the noise of two whole steps, but also without what callbacks do to the caches of the rest.
+    inside: what is spent in the hooks of the callbacks, in treating the gradient and in logging, less what the
+    reference spends there, as a share of its step: without the noise of two whole steps, but also without what
+    callbacks do to the caches of the rest.
     """
     seconds = found["seconds"]
     spent = {name: median(values) / given.cadence for name, values in found["inside"].items() if name != "look"}
