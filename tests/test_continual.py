@@ -53,6 +53,7 @@ def test_a_run_leaves_its_matrix_its_picture_and_its_numbers(tmp_path):
     assert metrics["task_il/final_average_accuracy"] >= metrics["continual/final_average_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -138,6 +139,7 @@ def test_a_run_that_was_stopped_within_a_task_and_extended_is_the_unbroken_one(t
     assert matrix(run) == matrix(whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_tasks_is_not_resumed(tmp_path):
     finished(*words(tmp_path, "trainer.max_steps=30"))
     done = door("resume=last", f"paths.log_dir={tmp_path}", "data.tasks=2", "trainer.max_steps=60")

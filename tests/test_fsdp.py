@@ -50,6 +50,7 @@ def same(case, found, expected) -> None:
         assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-11), case
 
 
+@pytest.mark.slow
 def test_optimizers_treatments_and_projections_are_those_of_one_process_or_refused(tmp_path):
     assert set(options("optimizer")) == WHOLE | ELEMENTWISE
     refused = compared(tmp_path, [*sharded.optimizers(), *sharded.treatments(), *sharded.projections()], "alone")

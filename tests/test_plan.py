@@ -209,6 +209,7 @@ def test_layouts_by_hand():
     assert memory(numbers, Layout("fsdp", 1)).peak == one.peak
 
 
+@pytest.mark.slow
 def test_what_a_remedy_promises_a_plan_with_it_finds():
     words = [*LLAMA, "model.depth=8", "data.batch_size=8", "trainer.precision=32-true"]
     planner = prepare(config(*words))
@@ -246,6 +247,7 @@ def test_7b_on_128_gpus_is_planned_on_a_laptop(tmp_path):
     assert after.ru_utime - before.ru_utime < 30
 
 
+@pytest.mark.slow
 def test_7b_on_one_gpu_does_not_fit_and_says_what_would(tmp_path):
     words = ["model=llama_7b", "trainer=gpu", "data.vocab=32000", "plan.device=H100", f"paths.run_dir={tmp_path / 'p'}"]
     result = trainkit.run(["mode=plan", *words])

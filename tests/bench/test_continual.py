@@ -21,6 +21,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_json_has_every_strategy_but_none(capsys):
     assert bench.main(["continual", *SMALL, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

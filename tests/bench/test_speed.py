@@ -250,6 +250,7 @@ def test_mistakes_end_in_one_line(words, capsys):
     assert "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_of_wandb_starts_without_its_launch(tmp_path):
     script = """
 import sys

@@ -395,6 +395,7 @@ def test_a_run_on_shards_and_its_continuation(written, own, tmp_path_factory):
         trainkit.run([f"resume={run}", "trainer.max_steps=12"])
 
 
+@pytest.mark.slow
 def test_a_run_on_files_of_others(tmp_path, tmp_path_factory):
     for name, count in (("train.bin", 3000), ("val.bin", 500)):
         raw(tmp_path / name, np.arange(count) % 50)
