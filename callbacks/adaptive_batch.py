@@ -98,6 +98,11 @@ class AdaptiveBatch(Callback):
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError("callbacks=adaptive_batch needs whole gradients: one device, or trainer.strategy=ddp")
+        if getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise ValueError(
+                "callbacks=adaptive_batch comes to accumulate more micro-batches, which trainer.static_graph=true "
+                "cannot follow. Leave one of them out"
+            )
         if trainer.max_epochs not in (None, -1):
             raise ValueError(
                 "callbacks=adaptive_batch changes how many steps an epoch has, so the run's length must be told in "

@@ -8,6 +8,7 @@ from tests.menu import build, options
 from trainkit.launch.process import compiling
 from trainkit.launch.process.compiling import compile_blocks, wanted
 from trainkit.measure.modes import evaluating
+from trainkit.model.parts.recompute import Recomputed, recompute
 from trainkit.model.parts.token_loss import token_loss
 
 SMALL = ["model.depth=3", "model.width=32", "model.heads=2", "model.context=8", "model.vocab=64"]
@@ -100,6 +101,32 @@ def test_hooks_inside_a_compiled_block_are_called_while_it_is_looked_at():
     with evaluating(network), torch.no_grad():
         network(tokens())
     assert seen == [1]
+
+
+def test_recomputed_blocks_share_a_class_as_their_kernels_do():
+    network = gpt()
+    kind = type(network.blocks[0])
+    for block in network.blocks:
+        recompute(block)
+        recompute(block)
+    assert len({type(block) for block in network.blocks}) == 1
+    assert type(network.blocks[0]).__mro__[1:3] == (Recomputed, kind)
+
+
+def test_too_many_versions_of_a_block_go_on_without(monkeypatch):
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    def limit(*_):
+        raise FailOnRecompileLimitHit("too many versions")
+
+    said = []
+    monkeypatch.setattr(compiling.log, "warning", lambda *words: said.append(words[0] % words[1:]))
+    network, plain = gpt(), gpt()
+    compile_blocks(network, strict=False, backend="eager")
+    for block in network.blocks:
+        block._compiled_call_impl.compiled = limit
+    torch.testing.assert_close(network(tokens()), plain(tokens()), rtol=0, atol=0)
+    assert len(said) == 1
 
 
 def broken(graph, inputs):

@@ -102,3 +102,14 @@ def test_torch_has_the_same_numbers(small_pieces):
     h, w, y = inputs(torch.float32, tokens=(2, 50), vocab=70)
     theirs = F.linear_cross_entropy(h.flatten(0, 1), w, y.flatten(), options=nn.LinearCrossEntropyOptions())
     torch.testing.assert_close(loss_by_pieces(h, w, y), theirs, rtol=1e-6, atol=0)
+
+
+def test_float16_is_not_made_by_pieces(small_pieces):
+    """Its gradients, made before the loss is scaled, would be rounded to 0."""
+    h, _, _ = inputs(torch.float32)
+    assert parts.large(21, 11, h)
+    assert not parts.large(21, 11, h.half())
+    with torch.autocast("cpu", torch.float16):
+        assert not parts.large(21, 11, h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert parts.large(21, 11, h)

@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> None:
         sizes = {f"{given.depth} layers x {given.width}": (shape, None)}
     results = [compare(name, words, limit, given) for name, (words, limit) in sizes.items()]
     said = f"median of {given.rounds} pairs of {given.interval} steps each, {given.clock} time"
-    show(machine, results, given, f"a: run.py with every default; b: plain loop; ms of a step, {said}")
+    show(machine, results, given, f"a: run.py with every default but float32; b: plain loop; ms of a step, {said}")
 
 
 def compare(name: str, words: Sequence[str], limit: float | None, given: argparse.Namespace) -> Result:

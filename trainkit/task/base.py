@@ -179,7 +179,7 @@ class Task(LightningModule):
         """Applies the gradient treatment to the gradients, which are complete and unscaled."""
         if self.halves is not None and self.halves.wanted:
             self.gradient.first_half(*self.halves.take())  # type: ignore[attr-defined]
-        gradients = [p.grad for p in self._parameters_of_model if p.grad is not None]
+        gradients = [p.grad for p in self._parameters_of_model or self.model.parameters() if p.grad is not None]
         self.record(self.gradient(gradients))
 
     # --- evaluation ---------------------------------------------------------------------------------------------

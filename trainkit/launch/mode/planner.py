@@ -219,7 +219,7 @@ def precision_of(cfg: DictConfig, device: Device) -> str:
     if precision == "auto":
         if device.peak is None:
             return choose_precision("cpu")[0]
-        return "32-true" if device.name in NO_BFLOAT16 else "bf16-mixed"
+        return "32-true" if any(old in device.name for old in NO_BFLOAT16) else "bf16-mixed"
     if precision not in (*(f"{kind}-true" for kind in DTYPES), "bf16-mixed", "16-mixed"):
         raise UserError(f"mode=plan knows no trainer.precision={precision}: try bf16-mixed or 32-true")
     return precision

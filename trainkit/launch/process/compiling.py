@@ -28,11 +28,13 @@ def compile_blocks(model: nn.Module, *, strict: bool, backend: str = "inductor")
     """Compiles each block where it stands: names, hooks on blocks and state_dict stay as they are.
 
     Blocks of the same code share their kernels, so the time that this takes does not grow with depth; it is spent when
-    a block first runs. A model without blocks is compiled as a whole. Where a block cannot be compiled, all of them go
+    a block first runs. A model without blocks is compiled as a whole. Where the forward of a block cannot be compiled, all of them go
     on without from there and the reason is logged; strict: the error is raised.
     """
     parts = blocks_of(model) or [model]
-    torch._dynamo.config.recompile_limit = VERSIONS * max(1, len(parts))
+    versions = VERSIONS * max(1, len(parts))
+    torch._dynamo.config.recompile_limit = versions
+    torch._dynamo.config.accumulated_recompile_limit = max(256, versions)  # of one piece of code in all; 256 is torch's
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled, and say so in a log only
     group: list[nn.Module] = []
     for part in parts:
@@ -50,11 +52,11 @@ class Guarded:
         self.compiled, self.part, self.group = compiled, part, group
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
             return self.compiled(*args, **kwargs)
-        except TorchDynamoException as error:  # raised before the block has computed anything
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before the block has computed anything
             reason = " ".join(str(error).split("\n")[:2])  # the second line says what the first one names
             log.warning("compile=auto: going on without, as %s", shorten(reason, 200))
             for part in self.group:

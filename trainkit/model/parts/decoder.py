@@ -84,10 +84,11 @@ class Decoder(nn.Module):
 
     def _by_pieces(self, features: Tensor) -> bool:
         """Whether the logits are too many to be held at once, and nobody looks at them on their way to the loss."""
-        seen = self.head._forward_hooks or not isinstance(self.logit_norm, nn.Identity)
+        hooks = self.head._forward_hooks or self.head._forward_pre_hooks or self.head._backward_hooks
+        seen = hooks or type(self.head) is not nn.Linear or not isinstance(self.logit_norm, nn.Identity)
         transformed = torch._C._are_functorch_transforms_active()  # which differentiate by their own rules
         rows = features.numel() // self.width
-        return not (seen or transformed) and large(rows, self.head.out_features, features.device)
+        return not (seen or transformed) and large(rows, self.head.out_features, features)
 
     def flops_per_token(self, length: int) -> int:
         """Multiplications and additions per token of one forward and backward pass at a context of `length`.

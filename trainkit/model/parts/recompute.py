@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ class Recomputed:
 
 def recompute(module: nn.Module) -> None:
     """Makes a module one that is `Recomputed`, in place; one that is already stays as it is."""
-    kind = type(module)
-    if not issubclass(kind, Recomputed):
-        module.__class__ = type(kind.__name__, (Recomputed, kind), {"__module__": kind.__module__})
+    if not isinstance(module, Recomputed):
+        module.__class__ = recomputed(type(module))
+
+
+@cache
+def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """One class for all modules of a kind, so that compiled ones share their kernels."""
+    return type(kind.__name__, (Recomputed, kind), {"__module__": kind.__module__})
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

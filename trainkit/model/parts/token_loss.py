@@ -18,9 +18,17 @@ from torch.nn import functional as F
 PIECE = {"cpu": 2**23, "cuda": 2**27}
 
 
-def large(rows: int, vocab: int, device: torch.device) -> bool:
-    """Whether so many logits are more than two pieces."""
-    return rows * vocab > 2 * PIECE.get(device.type, PIECE["cpu"])
+def large(rows: int, vocab: int, features: Tensor) -> bool:
+    """Whether so many logits are more than two pieces. Not in float16, where the pieces' gradients, made before the
+    loss is scaled, would be rounded to 0."""
+    dtype = products(features)
+    return dtype != torch.float16 and rows * vocab > 2 * PIECE.get(features.device.type, PIECE["cpu"])
+
+
+def products(features: Tensor) -> torch.dtype:
+    """What a matrix product with these features is computed in: autocast's dtype where it is on, else their own."""
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
 def loss_by_pieces(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ class ByPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, count: int, training: bool) -> Tensor:  # type: ignore[override]
         device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        dtype = products(rows)
         wide = torch.promote_types(dtype, torch.float32)
         want_rows, want_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
         d_rows = torch.empty_like(rows) if want_rows else None
