@@ -28,8 +28,8 @@ def compile_blocks(model: nn.Module, *, strict: bool, backend: str = "inductor")
     """Compiles each block where it stands: names, hooks on blocks and state_dict stay as they are.
 
     Blocks of the same code share their kernels, so the time that this takes does not grow with depth; it is spent when
-    a block first runs. A model without blocks is compiled as a whole. Where the forward of a block cannot be compiled, all of them go
-    on without from there and the reason is logged; strict: the error is raised.
+    a block first runs. A model without blocks is compiled as a whole. Where the forward of a block cannot be compiled,
+    all of them go on without from there and the reason is logged; strict: the error is raised.
     """
     parts = blocks_of(model) or [model]
     versions = VERSIONS * max(1, len(parts))
