@@ -9,11 +9,13 @@ import sys
 
 from trainkit.launch.explain import UserError
 from trainkit.launch.preflight import preflight
+from trainkit.launch.process import standby
 from trainkit.launch.process.launched import adopt
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 128 + n told to stop by signal n."""
+    argv = standby.told(argv)
     adopt()
     plan = preflight(argv)
     if plan.passthrough:
@@ -23,6 +25,7 @@ def main(argv: list[str]) -> int:
             from trainkit.launch.sweep import sweep
 
             return sweep(plan)
+        standby.start(plan.configs[0])
         from trainkit.launch.job import execute
 
         execute(plan.configs[0], plan.overrides[0], plan.typed)

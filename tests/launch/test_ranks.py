@@ -1,12 +1,16 @@
 """What processes of one run must agree on, and what their launcher says. Whole runs are in tests/test_ranks.py."""
 
+import json
 import os
+import sys
 
 import pytest
 
 from trainkit.launch.preflight import UserError, check
+from trainkit.launch.process import standby
 from trainkit.launch.process.launched import OF_A_TASK, Launch, adopt, check_launch, launched
 from trainkit.launch.process.ranks import disagreement
+from trainkit.launch.sources import RUN
 
 VARIABLES = (*OF_A_TASK, "SLURM_NNODES", "SLURM_JOB_NAME", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}
@@ -97,3 +101,80 @@ def test_a_launcher_decides_how_many_jobs_run():
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'trainkit[joblib]'")
     with pytest.raises(UserError, match=r"sweep\.jobs=2 is for a sweep without a launcher"):
         check(["-m", "hydra/launcher=joblib", "norm=pre,peri", "sweep.jobs=2"])
+
+
+# --- ranks that wait ----------------------------------------------------------------------------------------------
+
+WAITS = """
+import json, os, sys
+from pathlib import Path
+from trainkit.launch.process import standby
+
+words = standby.told(sys.argv[1:])
+found = {"words": words, "rank": os.environ["LOCAL_RANK"], "waiting": standby.WAITING in os.environ}
+Path(words[0]).write_text(json.dumps(found | {"loaded": "trainkit.launch.job" in sys.modules, "path": sys.path}))
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """The standby of a run of two ranks, and the file to which a rank writes what it was told."""
+    script = tmp_path / "run.py"
+    script.write_text(WAITS)
+    monkeypatch.setattr(standby, "RUN", script)
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(RUN.parent))
+    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}})
+    (process,) = standby._waiting
+    yield process, tmp_path / "told.json"
+    standby._waiting.clear()
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_that_waits_becomes_the_one_that_is_asked_for(waiting):
+    process, file = waiting
+    rank = standby.rank([str(file)], os.environ | {"LOCAL_RANK": "1"})
+    assert rank is process
+    assert rank.wait(timeout=100) == 0
+    found = json.loads(file.read_text())
+    assert (found["words"], found["rank"], found["waiting"], found["loaded"]) == ([str(file)], "1", False, True)
+    assert found["path"] == [os.path.abspath(folder) for folder in sys.path]
+
+
+def test_a_rank_that_waits_ends_where_there_is_no_run(waiting):
+    process, file = waiting
+    process.stdin.close()
+    assert process.wait(timeout=100) == 0
+    assert not file.exists()
+
+
+def test_a_rank_that_was_killed_while_it_waited_is_started_anew(waiting):
+    process, file = waiting
+    process.kill()
+    process.wait()
+    rank = standby.rank([str(file)], os.environ | {"LOCAL_RANK": "1"})
+    assert rank is not process
+    assert rank.wait(timeout=100) == 0
+    assert json.loads(file.read_text())["rank"] == "1"
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"mode": "train", "trainer": {"devices": 2}},
+        {"mode": "eval", "trainer": {"strategy": "ddp", "devices": 2}},
+        {"mode": "train", "trainer": {"strategy": "ddp", "devices": 1}},
+        {"mode": "train", "trainer": {"strategy": "ddp", "devices": "auto"}},
+    ],
+)
+def test_no_rank_waits_for_a_run_of_one_process_or_of_an_unknown_number(cfg):
+    standby.start(cfg)
+    assert standby._waiting == []
+
+
+def test_a_further_rank_has_none_waiting_for_it(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}})
+    assert standby._waiting == []

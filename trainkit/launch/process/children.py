@@ -27,18 +27,21 @@ def die_with(parent: int) -> None:
             sys.exit(f"process {parent}, which started this one, is gone")
 
 
-def _bound() -> Callable[[], None] | None:
-    """What a child does between fork and exec; made before the fork, where importing is still safe."""
+def bound() -> Callable[[], None] | None:
+    """What a child does between fork and exec to die with this process; made before the fork, where importing is safe.
+
+    Linux only, elsewhere nothing.
+    """
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
-    def bound() -> None:
+    def bind() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
 
-    return bound
+    return bind
 
 
 class Child:
@@ -61,7 +64,7 @@ class Child:
                 stdout=file if quiet else None,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=_bound(),
+                preexec_fn=bound(),
             )
 
     @property

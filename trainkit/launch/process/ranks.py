@@ -25,8 +25,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from trainkit.launch import rundir
 from trainkit.launch.console import log
 from trainkit.launch.explain import shorten
+from trainkit.launch.process import standby
 from trainkit.launch.process.launched import launched
-from trainkit.launch.sources import RUN
 
 POLL = 0.2  # seconds between two looks at the others
 NOTICE = 5.0  # seconds that a process waits for the others to say what went wrong, and to notice it themselves
@@ -136,9 +136,9 @@ def disagreement(everyone: list[tuple[int, int, dict[str, Any] | None]], wanted:
 class Launcher(_SubprocessScriptLauncher):
     """Lightning's, without the observer that kills this process before it can say why, and without its threads.
 
-    The further ranks are started as `python run.py <words>`, where Lightning repeats this process's own command line:
+    The further ranks are `python run.py <words>` (standby.py), where Lightning repeats this process's own command line:
     that of a script or a notebook which has called trainkit.run says nothing about the run, and would do all that
-    stands before the call once more. They find modules where this process does.
+    stands before the call once more.
     """
 
     words: Sequence[str] = ()
@@ -155,10 +155,8 @@ class Launcher(_SubprocessScriptLauncher):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
         os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(environment.node_rank()), "0"
         os.environ["WORLD_SIZE"] = str(processes * self.num_nodes)
-        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
         for rank in range(1, processes):
-            theirs = os.environ | {"LOCAL_RANK": str(rank), "PYTHONPATH": path}
-            self.procs.append(subprocess.Popen([sys.executable, str(RUN), *self.words], env=theirs))
+            self.procs.append(standby.rank(self.words, os.environ | {"LOCAL_RANK": str(rank)}))
 
 
 def supervise(trainer: Trainer, words: Sequence[str]) -> None:
