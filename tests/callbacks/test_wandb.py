@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 
 from trainkit.launch.wandb import WandB
+from trainkit.launch.wandb_report import publish
 
 UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
@@ -118,3 +120,46 @@ def test_a_service_that_dies_is_one_warning(tmp_path, said, monkeypatch):
     monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", log)
     run(tmp_path / "logs")
     assert said == ["W&B could not log (the service is gone); the run goes on, metrics.jsonl has every number"]
+
+
+# --- reports ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The folder of a sweep that has its report, and the configuration of a job."""
+    folder = tmp_path / "logs" / "gpt" / "2026-01-01"
+    folder.mkdir(parents=True)
+    for name in ("report.html", "summary.md", "summary.csv"):
+        (folder / name).write_text(f"<p>{name}</p>")
+    logger = {"_target_": "trainkit.launch.wandb.WandB", "_partial_": True, "project": "mine", "init_timeout": 1.0}
+    return folder, OmegaConf.create({"logger": logger, "paths": {"log_dir": str(tmp_path / "logs")}})
+
+
+def test_a_report_is_a_page_and_an_artifact_of_a_run_in_the_group(tmp_path, said, sweep, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, cfg = sweep
+    kept = []
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log_artifact", lambda self, artifact: kept.append((self, artifact)))
+    publish(cfg, folder, folder / "report.html")
+    assert said == []
+    (fragment,) = fragments(tmp_path / "logs")
+    (page,) = (fragment / "files").rglob("*.html")
+    assert page.read_text() == "<p>report.html</p>"
+    ((run, artifact),) = kept
+    assert (run.project, run.group, run.job_type) == ("mine", folder.name, "report")
+    assert (run.name, artifact.type) == (f"{folder.name}/report", "report")
+    assert sorted(artifact.manifest.entries) == ["report.html", "summary.csv", "summary.md"]
+
+
+def test_a_report_that_cannot_be_uploaded_is_a_warning(said, sweep, monkeypatch):
+    for name, value in UNREACHABLE.items():
+        monkeypatch.setenv(name, value)
+
+    def broken(*_):
+        raise ConnectionResetError("the service is gone")
+
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log_artifact", broken)
+    folder, cfg = sweep
+    publish(cfg, folder, folder / "report.html")
+    assert said[-1] == "W&B could not take the report (the service is gone); it is on disk"

@@ -12,7 +12,7 @@ words = dict(word.partition("=")[::2] for word in sys.argv[1:])
 target = Path(words.get("resume") or words["paths.run_dir"])
 act, seed = words.get("norm", "pre"), int(words.get("seed", 0))
 sweep = json.loads((target.parent / "sweep.json").read_text())
-result = {"pid": os.getpid(), "overrides": sys.argv[1:], "status": "running"}
+result = {"pid": os.getpid(), "id": f"id{target.name}", "overrides": sys.argv[1:], "status": "running"}
 
 
 def write(**news):

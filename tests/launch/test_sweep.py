@@ -107,6 +107,18 @@ def test_every_job_has_a_directory_its_words_and_a_clean_environment(go, tmp_pat
     assert "on standard output" in capfd.readouterr().out  # one at a time, so the terminal is the job's
 
 
+@pytest.mark.parametrize(("fragment", "logger", "times"), [
+    ("run-20260101_000000-id1", "wandb", 1), ("offline-run-20260101_000000-id1", "wandb", 0),
+    ("run-20260101_000000-another", "wandb", 0), ("run-20260101_000000-id1", "csv", 0),
+])  # fmt: skip
+def test_the_report_goes_where_the_runs_went(go, tmp_path, monkeypatch, fragment, logger, times):
+    (tmp_path / "wandb" / fragment).mkdir(parents=True)
+    published = []
+    monkeypatch.setattr(module, "publish", lambda cfg, *places: published.append(places))
+    assert go("seed=0,1", f"logger={logger}") == 0
+    assert published == [(directory(tmp_path), directory(tmp_path) / "report.html")] * times
+
+
 FAILURES = {
     "post": ("NonFiniteLoss: the loss is nan", 1),
     "peri": ("RuntimeError: before the run began", 1),

@@ -28,6 +28,7 @@ from trainkit.launch.process.launched import launched, mark
 from trainkit.launch.process.machine import default_threads, gpus
 from trainkit.launch.sources import RUN
 from trainkit.launch.summary import clock, label, table, varied, write
+from trainkit.launch.wandb_report import is_online, publish
 
 if TYPE_CHECKING:
     from trainkit.launch.mode.suggestions import Suggestions
@@ -459,12 +460,23 @@ class Sweep:
         for one in told:
             log.info("%s", one) if isinstance(one, str) else show(one)
 
+    def _publish(self, page: Path) -> None:
+        """The report beside the runs in W&B, where those went online."""
+        dirs = [Path(job["dir"]) for job in self.jobs if "dir" in job]
+        ids = [rundir.read_json(directory / "result.json").get("id", "") for directory in dirs]
+        for cfg in self.plan.configs:
+            if "wandb" in str(cfg.choices.logger) and is_online(Path(cfg.paths.log_dir), filter(None, ids)):
+                publish(cfg, self.directory, page)
+                return
+
     def _report(self) -> None:
         """report.html, in which nothing is worth failing a sweep for."""
         try:
             from trainkit.report.page import of_directory
 
-            log.info("report %s", of_directory(self.directory))
+            page = of_directory(self.directory)
+            log.info("report %s", page)
+            self._publish(page)
         except KeyboardInterrupt:
             log.warning("the report was not finished; python -m trainkit.report %s writes it", self.directory)
         except Exception as error:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from trainkit.launch.console import log
 
 LOOK = "_detect_and_apply_job_inputs"  # of wandb 0.31
+STILL = "the run goes on, metrics.jsonl has every number"
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -38,6 +39,7 @@ class WandB(WandbLogger):
         name: str,
         config: dict[str, Any],
         group: str | None = None,
+        job_type: str | None = None,
         resumed: bool = False,
         project: str | None = None,
         entity: str | None = None,
@@ -54,6 +56,7 @@ class WandB(WandbLogger):
             "project": project,
             "entity": entity,
             "group": group,
+            "job_type": job_type,
             "tags": list(tags),
             "config": config | {"run_dir": str(run_dir)},
         }
@@ -79,6 +82,16 @@ class WandB(WandbLogger):
             self._attempt("log", lambda: super(WandB, self).log_metrics(metrics, step))
 
     @rank_zero_only
+    def upload(self, what: str, panels: Mapping[str, Any], artifact: Any) -> None:
+        """Shows `panels` of W&B's media types and keeps the artifact with the run."""
+
+        def act() -> None:
+            self.experiment.log(dict(panels))
+            self.experiment.log_artifact(artifact)
+
+        self._attempt(f"take the {what}", act, still="it is on disk")
+
+    @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
         """Ends the W&B run as finished (0) or failed (anything else); what is logged afterwards is dropped."""
         if self._experiment is not None and not self._closed:
@@ -86,12 +99,12 @@ class WandB(WandbLogger):
             self._attempt("finish", lambda: run.finish(exit_code=exit_code))
         self._closed = True
 
-    def _attempt(self, what: str, act: Callable[[], Any]) -> None:
+    def _attempt(self, what: str, act: Callable[[], Any], still: str = STILL) -> None:
         try:
             act()
         except Exception as error:  # whatever W&B raises must not end a training run
             self._closed = True
-            log.warning("W&B could not %s (%s); the run goes on, metrics.jsonl has every number", what, _brief(error))
+            log.warning("W&B could not %s (%s); %s", what, _brief(error), still)
 
     def _start(self) -> None:
         mode = self._mode()
