@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from trainkit.gradient.norms import norms
 from trainkit.launch.console import log
+from trainkit.measure.gradient_norms import norms
 from trainkit.measure.modes import evaluating
 from trainkit.measure.origin import first_non_finite_output, non_finite
 from trainkit.measure.shards import is_sharded, local
@@ -198,9 +198,12 @@ class Guard(Callback):
 def spike(loss: Tensor, before: Tensor) -> Tensor:
     """How many standard deviations a loss lies above the mean of the finite ones among those before it, 0-d."""
     there = before.isfinite()
-    number = there.sum()
-    mean = torch.where(there, before, 0.0).sum() / number
-    std = (torch.where(there, before - mean, 0.0).square().sum() / (number - 1)).sqrt()
+    if before.is_cpu:
+        std, mean = torch.std_mean(before[there])
+    else:  # choosing them would wait for the device
+        number = there.sum()
+        mean = torch.where(there, before, 0.0).sum() / number
+        std = (torch.where(there, before - mean, 0.0).square().sum() / (number - 1)).sqrt()
     return torch.where(std > 0, (loss - mean) / std, 0.0)
 
 
@@ -240,8 +243,6 @@ def finite_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [g for g in (local(p.grad) for p in parameters if p.grad is not None) if g.numel()]
     if not gradients:
         return torch.ones((), dtype=torch.bool, device=parameters[0].device)
-    if gradients[0].is_cpu:
-        likely = norms(gradients).isfinite().all()
-        if bool(likely):
-            return likely
+    if gradients[0].is_cpu and math.isfinite(norms(gradients).sum()):
+        return torch.ones((), dtype=torch.bool)
     return torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()

@@ -281,6 +281,20 @@ def test_mistakes_are_told_in_a_sentence(words, said):
         trainkit.run(["mode=plan", *words])
 
 
+def test_logits_are_held_as_the_planned_device_holds_them():
+    words = ["model=gpt", "model.depth=1", "data.vocab=50304", "data.batch_size=16"]
+    pieces = prepare(config(*words, "trainer=cpu")).numbers.step.last
+    whole = prepare(config(*words, "plan.device=H100", "trainer.precision=32-true")).numbers.step.last
+    logits = 4 * 16 * 64 * 50304
+    assert whole.forward > logits > 3 * pieces.forward  # more than two pieces for a CPU, less than one for a GPU
+    assert pieces.forward > 0
+
+
+def test_a_gpu_that_is_not_listed_is_still_a_gpu():
+    planner = prepare(config("plan.device=Some GPU", "plan.memory_gib=24"))
+    assert (planner.device.peak, planner.cfg.trainer.precision) == (None, "bf16-mixed")
+
+
 def test_the_vocabulary_is_what_the_settings_say():
     assert "256" in facts(config())
     for words, vocab in ((["data.tokenizer=bpe"], 4096), (["data.vocab=50257"], 50257)):

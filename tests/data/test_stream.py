@@ -235,6 +235,25 @@ def damage(own, how):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("vocab"), r"index\.json does not say its vocab\. Copy it again"),
+        (lambda index: index.update(dtype=None, shards=[]), r"index\.json does not say its dtype and shards"),
+        (lambda index: index["shards"].pop("val"), r"index\.json cannot be read: KeyError\('val'\)"),
+        (lambda index: index["shards"]["train"][0].pop("name"), r"index\.json cannot be read: KeyError\('name'\)"),
+        (lambda index: index["shards"]["train"][0].update(tokens="9"), r"does not say its shards\.tokens"),
+        (lambda index: index["shards"].update(train=[1]), r"index\.json cannot be read: TypeError"),
+    ],
+)
+def test_an_index_that_lacks_something(own, change, message):
+    index = json.loads((own / "index.json").read_text())
+    change(index)
+    (own / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        stream(own, vocab=None)
+
+
+@pytest.mark.parametrize(
     ("how", "message"),
     [
         ("missing", r"train_000000\.npy cannot be read: No such file"),

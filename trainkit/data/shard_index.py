@@ -31,6 +31,8 @@ _LACKS = {
     "train": "training: .npy or .bin, with no val or test in their names. Give a folder or a glob of such files",
     "val": "validation. Give more text to `python -m trainkit.data shards`, or name them by data.val_path",
 }
+KEYS = {"vocab": int, "dtype": str, "shards": dict}  # what an index says
+ENTRY = {"name": str, "tokens": int, "digest": str}  # and of each file
 AT_ONCE = 16  # files that are looked at together: on a shared file system each takes its time
 
 
@@ -94,11 +96,20 @@ def collect(path: str, *, val_path: str | None, dtype: str | None, vocab: int | 
 def _index(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
-        known = about["format"] == FORMAT and all(part in about["shards"] for part in PARTS)
+        known = about["format"] == FORMAT
+        lacks: list[str] = []
+        if known:
+            lacks = [key for key, kind in KEYS.items() if not isinstance(about.get(key), kind)]
+            entries = [] if lacks else [entry for part in PARTS for entry in about["shards"][part]]
+            lacks += [
+                f"shards.{key}" for key, kind in ENTRY.items() if not all(isinstance(e[key], kind) for e in entries)
+            ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}. Copy it again, or write the shards again") from None
     if not known:
         raise ValueError(f"{path} must be of format {FORMAT}; it has {about['format']}. Write the shards again")
+    if lacks:
+        raise ValueError(f"{path} does not say its {' and '.join(lacks)}. Copy it again, or write the shards again")
     return about
 
 

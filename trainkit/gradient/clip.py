@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from trainkit.gradient.norms import norms, scale_
+from trainkit.gradient.scale import scale_
+from trainkit.measure.gradient_norms import norms
 
 
 class Clip:

@@ -5,7 +5,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from trainkit.gradient.norms import norms, scale_
+from trainkit.gradient.scale import scale_
+from trainkit.measure.gradient_norms import norms
 
 
 class ClipPerLayer:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainkit.gradient.norms import norms, scale_
+from trainkit.gradient.scale import scale_
+from trainkit.measure.gradient_norms import norms
 
 
 class NormGrowthLimit:

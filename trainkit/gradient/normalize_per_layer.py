@@ -4,7 +4,8 @@ from math import isfinite, sqrt
 
 from torch import Tensor
 
-from trainkit.gradient.norms import norms, scale_
+from trainkit.gradient.scale import scale_
+from trainkit.measure.gradient_norms import norms
 
 
 class NormalizePerLayer:

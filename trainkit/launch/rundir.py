@@ -18,6 +18,7 @@ from typing import IO, Any
 from trainkit.launch.console import log
 from trainkit.launch.disk import writing
 from trainkit.launch.explain import UserError
+from trainkit.report.metrics_file import meant, writable
 
 SHARED_DIR = "TRAINKIT_RUN_DIR"  # tells the further ranks of a run the directory that rank 0 made
 CONSOLE = "console.log"  # what a sweep keeps of a job's output, in the job's directory and there before the job
@@ -134,11 +135,11 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return meant(value) if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, default=str))
+    write_text(path, json.dumps(writable(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

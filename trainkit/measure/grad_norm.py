@@ -5,11 +5,14 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
+from trainkit.measure import shards
+from trainkit.measure.gradient_norms import norms
 from trainkit.measure.lengths import lengths
-from trainkit.measure.shards import is_sharded, local, norms, summed
+from trainkit.measure.shards import is_sharded, local, summed
 
-BLOCK = 1 << 16  # elements
+BLOCK = 1 << 17  # elements
 
 
 def grad_norm(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
@@ -18,7 +21,7 @@ def grad_norm(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Tensor]
     A dotted label also counts into the total of what stands before its last dot (blocks.3.attn into blocks.3), and all
     count into "global". Computed in at least float32; a parameter without a gradient counts 0.
     """
-    return lengths(gradients(groups))
+    return lengths(gradients(groups), norms)
 
 
 def gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, list[Tensor]]:
@@ -33,7 +36,7 @@ def grad_norm_l1(parameters: Iterable[nn.Parameter]) -> Tensor:
         return torch.zeros(())
     wide = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
     if not gradients[0].is_cpu:
-        return torch.stack(norms(gradients, 1, wide)).sum()
+        return torch.stack(shards.norms(gradients, 1, wide)).sum()
     # On a CPU that call adds up one by one, 0.2 % off for an embedding in float32, and is slower than blocks in cache.
     if any(is_sharded(g) for g in gradients):
         return summed(torch.stack([_sum([local(g)], wide) for g in gradients]), gradients).sum()
@@ -46,18 +49,18 @@ def _sum(tensors: Iterable[Tensor], wide: torch.dtype) -> Tensor:
 
 
 def _blocks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The numbers of all tensors in flat blocks of about BLOCK: large ones are cut, small ones of a dtype joined."""
+    """The numbers of all tensors in flat blocks of at most BLOCK: large ones are cut, small ones of a dtype joined."""
     joined: list[Tensor] = []
     count = 0
     for tensor in tensors:
-        flat, size = tensor.reshape(-1), tensor.numel()
-        if size >= BLOCK:
-            yield from flat.split(BLOCK)
+        size = tensor.numel()
+        if size > BLOCK:
+            yield from tensor.reshape(-1).split(BLOCK)
             continue
-        if joined and (count + size > BLOCK or flat.dtype != joined[0].dtype):
-            yield torch.cat(joined)
+        if joined and (count + size > BLOCK or tensor.dtype != joined[0].dtype):
+            yield _flatten_dense_tensors(joined)
             joined, count = [], 0
-        joined.append(flat)
+        joined.append(tensor)
         count += size
     if joined:
-        yield torch.cat(joined)
+        yield _flatten_dense_tensors(joined)

@@ -1,28 +1,35 @@
 """The length of the tensors in each part of a network: the sum behind norms of gradients, weights and steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
 
-from trainkit.measure.shards import norms
+from trainkit.measure import shards
 
 
-def lengths(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """‖x‖ of each tensor, (len(tensors),), in at least float32; of sharded ones that of the whole."""
+    wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    return torch.stack(shards.norms(tensors, 2, wide))
+
+
+def lengths(
+    groups: Mapping[str, Sequence[Tensor]], norms: Callable[[Sequence[Tensor]], Tensor] = norms_of
+) -> dict[str, Tensor]:
     """‖x‖ = sqrt(sum x²) over the tensors of each group, 0-d, on their device; labels as measure.sites gives them.
 
     A dotted label also counts into the total of what stands before its last dot (blocks.3.attn into blocks.3), and all
     count into "global"; a group without tensors is 0. Computed in at least float32. One foreach call and one scattered
     sum for all of it, and no waiting for the device. Of sharded tensors it is the length of the whole ones, with one
-    transfer, so every process must ask alike.
+    transfer, so every process must ask alike. norms: what finds that of each tensor.
     """
     names, *pairs = _plan(tuple((label, len(members)) for label, members in groups.items()))
     tensors = [tensor for members in groups.values() for tensor in members]
     if not tensors:
         return dict.fromkeys(names, torch.zeros(()))
-    wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    squares = torch.stack(norms(tensors, 2, wide)).square()
+    squares = norms(tensors).square()
     rows, columns = (index.to(squares.device, non_blocking=True) for index in pairs)
     sums = squares.new_zeros(len(names)).index_add_(0, columns, squares[rows])
     return dict(zip(names, sums.sqrt_().unbind(), strict=True))

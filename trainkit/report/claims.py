@@ -8,7 +8,6 @@ them. Options: --jobs N, runs at the same time, each with one thread (default: t
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -156,7 +155,7 @@ def keep(claim: Claim, outcome: Outcome, arms: Mapping[str, Arm], path: Path, *,
         "versions": made.get("versions") or versions(),
     }
     rundir.make(path.parent)
-    rundir.write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    rundir.write_json(path, record)
 
 
 def _hardware() -> str:

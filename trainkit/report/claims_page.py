@@ -86,5 +86,7 @@ def _spread(pair: Sequence[float] | None, *, sign: bool = False) -> str:
     if pair is None:
         return ""
     mean, width = pair
+    if not math.isfinite(mean):
+        return str(mean)
     digits = 3 if not mean else max(0, min(6, 3 - math.floor(math.log10(abs(mean)))))
     return f"{mean:{'+' if sign else ''}.{digits}f} ± {width:.2g}"

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strings, as JSON has no such numbers
 Row = dict[str, Any]
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 def line(row: Mapping[str, Any]) -> str:
     """A row as it stands in the file, with its newline."""
-    return json.dumps({name: _writable(value) for name, value in row.items()}, allow_nan=False) + "\n"
+    return json.dumps({name: writable(value) for name, value in row.items()}, allow_nan=False) + "\n"
 
 
 def read(path: str | Path) -> list[Row]:
@@ -46,7 +46,7 @@ def parse(text: bytes) -> Row | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    return {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+    return meant(row)
 
 
 def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
@@ -55,12 +55,28 @@ def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _writable(value: Any) -> Any:
+def writable(value: Any) -> Any:
+    """A value, with all that is inside of it, as JSON can hold it: numbers that are not finite as strings."""
     if type(value) is float and math.isfinite(value):  # nearly all are
         return value
     if isinstance(value, bool | int | str) or value is None:
         return value
+    if isinstance(value, Mapping):
+        return {str(key): writable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [writable(inner) for inner in value]
+    if not isinstance(value, SupportsFloat):
+        return str(value)
     number = float(value)
     if math.isnan(number):
         return "NaN"
     return number if math.isfinite(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def meant(value: Any) -> Any:
+    """What `writable` was given, for what was read from JSON."""
+    if isinstance(value, str):
+        return NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: meant(inner) for key, inner in value.items()}
+    return [meant(inner) for inner in value] if isinstance(value, list) else value

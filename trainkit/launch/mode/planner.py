@@ -17,6 +17,7 @@ from trainkit.launch.job import build_task, make, mistakes
 from trainkit.launch.process import machine
 from trainkit.launch.process.precision import choose_precision
 from trainkit.measure.blocks import blocks
+from trainkit.model.parts.token_loss import pieces_as_on
 from trainkit.optimizer.partition import roles
 from trainkit.plan.devices import HALF_PEAK, MEMORY_GB, NO_BFLOAT16, listed
 from trainkit.plan.memory import GIB, Layout, Memory, Numbers, memory
@@ -32,11 +33,12 @@ DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16"
 
 @dataclass(frozen=True)
 class Device:
-    """name; bytes: its memory; peak: FLOP/s at half precision, None where that is not known."""
+    """name; bytes: its memory; peak: FLOP/s at half precision, None where that is not known; kind: cpu or cuda."""
 
     name: str
     bytes: int
     peak: float | None
+    kind: str = "cuda"
 
 
 @dataclass
@@ -131,12 +133,16 @@ def _numbers(cfg: DictConfig, device: Device, micro_batch: int, known: Optimizer
         shapes=[tuple(p.shape) for p in every],
         block=max((sum(p.numel() for p in b.parameters()) for b in blocks(task.model).values()), default=0),
         outside=sum(p.numel() for p in every if p not in inside),
-        step=_pass(cfg, task, micro_batch, dtype, mixed),
+        step=_pass(cfg, device, task, micro_batch, dtype, mixed),
     )
 
 
-def _pass(cfg: DictConfig, task: Task, micro_batch: int, dtype: torch.dtype, mixed: torch.dtype | None) -> Pass:
-    return measure_pass(task.model, task.loss, _batch(cfg, task, micro_batch, dtype), dtype=dtype, autocast=mixed)
+def _pass(
+    cfg: DictConfig, device: Device, task: Task, micro_batch: int, dtype: torch.dtype, mixed: torch.dtype | None
+) -> Pass:
+    batch = _batch(cfg, task, micro_batch, dtype)
+    with pieces_as_on(device.kind):  # the pass is imitated on the CPU
+        return measure_pass(task.model, task.loss, batch, dtype=dtype, autocast=mixed)
 
 
 def _batch(cfg: DictConfig, task: Task, size: int, dtype: torch.dtype) -> Callable[[], Any]:
@@ -202,7 +208,7 @@ def device_of(cfg: DictConfig) -> Device:
     name, room = cfg.plan.device, cfg.plan.memory_gib
     if name is None and cfg.trainer.get("accelerator") == "cpu":
         ranks = machine.local_ranks(cfg.trainer.get("devices", 1))
-        return Device("this machine's CPU", round(room * GIB) if room else machine.memory() // ranks, None)
+        return Device("this machine's CPU", round(room * GIB) if room else machine.memory() // ranks, None, "cpu")
     found = 0
     if name is None and torch.cuda.is_available():
         name, found = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
@@ -217,7 +223,7 @@ def precision_of(cfg: DictConfig, device: Device) -> str:
     """trainer.precision; of `auto` what the device is fast at."""
     precision = str(cfg.trainer.get("precision", "32-true"))
     if precision == "auto":
-        if device.peak is None:
+        if device.kind == "cpu":
             return choose_precision("cpu")[0]
         return "32-true" if any(old in device.name for old in NO_BFLOAT16) else "bf16-mixed"
     if precision not in (*(f"{kind}-true" for kind in DTYPES), "bf16-mixed", "16-mixed"):

@@ -7,6 +7,8 @@ three digits. In float32 the two agree and cost the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,17 @@ def large(rows: int, vocab: int, features: Tensor) -> bool:
     loss is scaled, would be rounded to 0."""
     dtype = products(features)
     return dtype != torch.float16 and rows * vocab > 2 * PIECE.get(features.device.type, PIECE["cpu"])
+
+
+@contextmanager
+def pieces_as_on(kind: str) -> Iterator[None]:
+    """While open, the logits on a CPU are made in the pieces of another kind of device; for planning."""
+    before = PIECE["cpu"]
+    PIECE["cpu"] = PIECE[kind]
+    try:
+        yield
+    finally:
+        PIECE["cpu"] = before
 
 
 def products(features: Tensor) -> torch.dtype:
