@@ -283,11 +283,12 @@ def test_mistakes_are_told_in_a_sentence(words, said):
 
 def test_logits_are_held_as_the_planned_device_holds_them():
     words = ["model=gpt", "model.depth=1", "data.vocab=50304", "data.batch_size=16"]
-    pieces = prepare(config(*words, "trainer=cpu")).numbers.step.last
-    whole = prepare(config(*words, "plan.device=H100", "trainer.precision=32-true")).numbers.step.last
-    logits = 4 * 16 * 64 * 50304
-    assert whole.forward > logits > 3 * pieces.forward  # more than two pieces for a CPU, less than one for a GPU
-    assert pieces.forward > 0
+    here = prepare(config(*words, "trainer=cpu"))
+    there = prepare(config(*words, "plan.device=H100", "trainer.precision=32-true"))
+    logits = 4 * here.samples * 50304  # more than two pieces for a CPU, less than one for a GPU
+    pieces, whole = here.numbers.step.last, there.numbers.step.last
+    assert whole.kept > logits > 4 * pieces.forward
+    assert pieces.flops == whole.flops  # each makes three products of all logits
 
 
 def test_a_gpu_that_is_not_listed_is_still_a_gpu():

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.menu import build, options
 from trainkit.launch.process import compiling
@@ -133,12 +135,18 @@ def broken(graph, inputs):
     raise RuntimeError("no compiler here")
 
 
-def test_what_cannot_be_compiled_goes_on_without_and_says_why(caplog, monkeypatch):
+broken_backward = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=broken)
+
+
+@pytest.mark.parametrize("backend", [broken, broken_backward])
+def test_what_cannot_be_compiled_goes_on_without_and_says_why(backend, monkeypatch):
     said = []
     monkeypatch.setattr(compiling.log, "warning", lambda *words: said.append(words[0] % words[1:]))
     network, plain = gpt(), gpt()
-    compile_blocks(network, strict=False, backend=broken)
-    torch.testing.assert_close(network(tokens()), plain(tokens()), rtol=0, atol=0)
+    compile_blocks(network, strict=False, backend=backend)
+    found = network(tokens())
+    torch.testing.assert_close(found, plain(tokens()), rtol=0, atol=0)
+    found.sum().backward()
     assert len(said) == 1
     assert "no compiler here" in said[0]
 
@@ -163,3 +171,23 @@ def test_auto_compiles_on_a_cuda_gpu(setting, kind, answer, monkeypatch):
     monkeypatch.setattr(compiling, "device_kind", lambda accelerator: kind)
     monkeypatch.setattr(compiling, "find_spec", lambda name: object())
     assert wanted(setting, "auto") is answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["batch", "power", "unified", "rep_batch", "prep_batch", "batch_renorm"])
+def test_statistics_of_recomputed_blocks_move_once_per_step(layer):
+    x = tokens()
+
+    def make():
+        network = gpt(f"norm_layer={layer}")
+        for block in network.blocks:
+            recompute(block)
+        return network
+
+    plain, recomputed, compiled = gpt(f"norm_layer={layer}"), make(), make()
+    compile_blocks(compiled, strict=True, backend="aot_eager")
+    for network in (plain, recomputed, compiled):
+        steps(network, x, lambda logits: token_loss(logits, x))
+    for found in (recomputed, compiled):
+        for (name, value), (_, want) in zip(found.named_buffers(), plain.named_buffers(), strict=True):
+            torch.testing.assert_close(value, want, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 FLOPS = dict(flop_registry)
+FLOPS |= {aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}
 for _suffix in ("", "_backward"):  # torch counts the kernels of a GPU; that of the CPU multiplies the same matrices
     _known = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{_suffix}")]
     FLOPS[getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{_suffix}")] = _known

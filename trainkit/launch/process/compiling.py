@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 from trainkit.launch.console import log
@@ -28,7 +29,7 @@ def compile_blocks(model: nn.Module, *, strict: bool, backend: str = "inductor")
     """Compiles each block where it stands: names, hooks on blocks and state_dict stay as they are.
 
     Blocks of the same code share their kernels, so the time that this takes does not grow with depth; it is spent when
-    a block first runs. A model without blocks is compiled as a whole. Where the forward of a block cannot be compiled,
+    a block first runs. A model without blocks is compiled as a whole. Where a block or its backward cannot be compiled,
     all of them go on without from there and the reason is logged; strict: the error is raised.
     """
     parts = blocks_of(model) or [model]
@@ -36,6 +37,8 @@ def compile_blocks(model: nn.Module, *, strict: bool, backend: str = "inductor")
     torch._dynamo.config.recompile_limit = versions
     torch._dynamo.config.accumulated_recompile_limit = max(256, versions)  # of one piece of code in all; 256 is torch's
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled, and say so in a log only
+    # The backward's kernels are made with the forward's: what cannot be compiled then shows while there is a way back.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     group: list[nn.Module] = []
     for part in parts:
         part.compile(backend=backend)
