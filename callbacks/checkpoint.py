@@ -17,7 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.preemption import Preemption
 from trainkit.launch.checkpoints import kept
-from trainkit.launch.disk import writing
+from trainkit.launch.disk import flush, writing
+from trainkit.launch.shares import clear, filled
 from trainkit.task.base import Task, by_rank
 
 
@@ -121,13 +122,14 @@ class LastAndBest(Checkpoint):
             with writing(self.folder / ("last.ckpt" if last else "best.ckpt"), self.folder.parent):
                 trainer.save_checkpoint(fresh)
                 if trainer.is_global_zero:
-                    _flush(fresh)
+                    flush(fresh)
                     if best:
                         _copy(fresh, spare)
                         spare.replace(self.folder / "best.ckpt")
                     if last:
                         self._replace_last(fresh, before, newer=self._saved_step != trainer.global_step)
-                    _flush(self.folder)
+                    flush(self.folder)
+                    clear(self.folder)
         finally:
             if trainer.is_global_zero:
                 for path in (fresh, spare, before):
@@ -144,7 +146,7 @@ class LastAndBest(Checkpoint):
             _copy(last, before)
         fresh.replace(last)
         if move:
-            _flush(self.folder)  # the order of the renames must be theirs on the disk too
+            flush(self.folder)  # the order of the renames must be theirs on the disk too
             for place, source in reversed(list(zip(older[1:], older, strict=False))):
                 if source.is_file():
                     source.replace(place)
@@ -160,10 +162,13 @@ class LastAndBest(Checkpoint):
 
 
 class InPlace(TorchCheckpointIO):
-    """Writes to the very path that is asked for, through to the disk.
+    """Writes to the very path that is asked for, through to the disk, and reads checkpoints in shares too.
 
     Lightning's own makes two copies in memory and the file in /tmp, where a killed process leaves it behind.
     """
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return filled(super().load_checkpoint(path, map_location, weights_only), Path(path))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -220,13 +225,4 @@ def _copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        _flush(target)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(target)

@@ -14,6 +14,7 @@ from tests.launch import sharded
 from tests.menu import build, options
 from tests.test_ranks import words  # noqa: F401  # a fixture
 from tests.test_runs import door
+from trainkit.launch import shares
 from trainkit.launch.preflight import UserError, check
 from trainkit.launch.process.engine import check_devices, engine
 from trainkit.launch.process.fsdp import refuse
@@ -85,7 +86,7 @@ def ran(run, *argv) -> dict:
 
 
 def checkpoint(run) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return shares.read(run / "checkpoints" / "last.ckpt")
 
 
 def logged(run) -> list[dict]:
@@ -124,10 +125,13 @@ def test_a_run_is_that_of_one_process(words, tmp_path, more):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit_also_in_one_process(words, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("form", ["whole", "shares"])
+def test_a_stopped_run_goes_on_bit_for_bit_also_in_one_process(words, tmp_path, form):  # noqa: F811
     base = [*words, *SHORT, *FSDP, "schedule=constant", "norm_layer=batch", "model.dropout=0.1"]
     whole = ran(tmp_path / "whole", *base)
-    ran(tmp_path / "half", *base, "trainer.max_steps=3")
+    ran(tmp_path / "half", *base, f"trainer.checkpoint={form}", "trainer.max_steps=3")
+    folder = tmp_path / "half" / "checkpoints" / "shares"
+    assert sorted(path.name for path in folder.rglob("*.ckpt")) == (["0.ckpt", "1.ckpt"] if form == "shares" else [])
     shutil.copytree(tmp_path / "half", tmp_path / "other")
     on = ["trainer.max_steps=6", *(word for word in words if word.startswith("paths."))]
     done = door(f"resume={tmp_path / 'half'}", *on)
@@ -250,6 +254,8 @@ def test_options_of_another_engine_are_refused():
         engine("auto", "32-true", static_graph=True)
     with pytest.raises(ValueError, match="reshard_after_forward is an option of trainer"):
         engine("ddp", "32-true", reshard_after_forward=False)
+    with pytest.raises(ValueError, match=r"trainer\.checkpoint is one of whole, shares; got 'one'"):
+        engine("fsdp", "32-true", checkpoint="one")
 
 
 @pytest.mark.parametrize(("here", "remedy"), [(0, "trainer.accelerator=cpu"), (1, "trainer.devices=1"), (8, None)])

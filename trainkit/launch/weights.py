@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from pickle import UnpicklingError
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -14,6 +13,7 @@ from trainkit.launch.explain import UserError
 from trainkit.launch.huggingface import pretrained
 from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
+from trainkit.launch.shares import read, whole
 from trainkit.surgery import FORMS
 from trainkit.task.base import Task
 
@@ -78,8 +78,8 @@ def load_weights(task: Task, directory: Path, which: str) -> None:
     if not path.is_file():
         raise UserError(f"{str(directory)!r} has no {which}.ckpt: the run ended before its first checkpoint")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+        state = whole(read(path, lazily=True)["state_dict"])
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {unreadable(error)}") from error
     try:
         task.load_state_dict(state)

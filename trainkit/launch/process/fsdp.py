@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from trainkit.launch import shares
+from trainkit.launch.disk import flush
 from trainkit.measure.shards import is_sharded
 from trainkit.model.parts.recompute import blocks_of
 from trainkit.task.base import Task
 from trainkit.task.continual import ContinualClassification
+
+CHECKPOINTS = ("whole", "shares")
 
 
 class FullySharded(ModelParallelStrategy):
@@ -35,18 +40,23 @@ class FullySharded(ModelParallelStrategy):
     and optimizer state are float32. Gains and biases of blocks are rounded to bfloat16 where they are used, which
     autocast alone would not do.
 
-    A checkpoint is that of any other trainer, one file of whole tensors, which rank 0 gathers one by one in its memory
-    and writes; so its safety, resuming, mode=eval, sample and export, init_from and another trainer or another number
-    of processes need nothing of their own. The price: the host of rank 0 holds weights and optimizer state once, 12
-    bytes per parameter under AdamW, and while it starts each process holds the weights once.
+    checkpoint="whole": that of any other trainer, one file of whole tensors, which rank 0 gathers one by one in its
+    memory and writes. The price: the host of rank 0 holds weights and optimizer state once, 12 bytes per parameter
+    under AdamW. checkpoint="shares": every process writes its own rows, at once, and nothing is gathered
+    (trainkit/launch/shares.py); the folder must be one that all machines share. Either is read by every trainer, with
+    any number of processes, and by mode=eval, sample and export. While a run starts each process holds all weights.
 
     Buffers are whole everywhere; those that a checkpoint holds are rank 0's at every forward, as under DDP. Raises
     ValueError for what cannot be sharded.
     """
 
-    def __init__(self, *, reshard_after_forward: bool = True):
+    def __init__(self, *, reshard_after_forward: bool = True, checkpoint: str = "whole"):
         super().__init__(save_distributed_checkpoint=False)
-        self.reshard_after_forward = reshard_after_forward
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(f"trainer.checkpoint is one of {', '.join(CHECKPOINTS)}; got {checkpoint!r}")
+        self.reshard_after_forward, self.in_shares = reshard_after_forward, checkpoint == "shares"
+        self._mine: dict[str, Tensor] = {}  # what this process keeps of the checkpoint that is being made
+        self._optimizers_kept = 0
 
     # Weights are loaded while they are whole, so as under any other strategy.
     restore_checkpoint_after_setup = False  # type: ignore[assignment]
@@ -80,38 +90,52 @@ class FullySharded(ModelParallelStrategy):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the task in whole tensors, on the CPU; on other ranks than 0 without what is sharded."""
+        """The state of the task. What is sharded: whole on the CPU of rank 0 and left out elsewhere, or places."""
         assert self.lightning_module is not None
+        self._mine, self._optimizers_kept = {}, 0
         state = self.lightning_module.state_dict()
         names = dict(self.lightning_module.named_parameters(remove_duplicate=False))
-        whole: dict[Any, Tensor | None] = {}  # by parameter: a tied one is gathered, and written, once
+        kept: dict[Any, Any] = {}  # by parameter: a tied one is gathered, and written, once
         for name, value in state.items():
             if isinstance(value, DTensor):
                 key = names.get(name, name)
-                if key not in whole:
-                    whole[key] = self._gathered(value)
-                state[name] = whole[key]
+                if key not in kept:
+                    kept[key] = self._kept(name, value)
+                state[name] = kept[key]
         return {name: value for name, value in state.items() if value is not None}
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Mapped, not read: the processes of a machine share what they look at, and keep only their shares of it."""
-        return torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only is not False)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same for an optimizer."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        state = tree_map(lambda v: self._gathered(v) if isinstance(v, DTensor) else v, optimizer.state_dict())
+        state = optimizer.state_dict()
+        state["state"] = {number: self._kept_of(number, one) for number, one in state["state"].items()}
+        self._optimizers_kept += 1
         for group in state["param_groups"]:  # another trainer takes the kernels that were configured
             group |= {key: optimizer.defaults[key] for key in ("fused", "foreach") if key in optimizer.defaults}
         return state
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.in_shares:
+            tag = self.broadcast(shares.new_tag(checkpoint["global_step"]))
+            mine = shares.file_of(Path(filepath), tag, self.global_rank)
+            self.checkpoint_io.save_checkpoint(self._mine, mine)  # type: ignore[arg-type]
+            flush(mine)
+            self.barrier("shares")
+            self._mine = {}
+            checkpoint[shares.SEAL] = {"tag": tag, "count": self.world_size}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Mapped, not read: the processes of a machine share what they look at, and keep only their shares of it."""
+        return shares.read(Path(checkpoint_path), lazily=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(shares.whole(checkpoint["state_dict"]), strict=strict)
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Every process takes its share of the whole tensors, which all of them have read."""
+        """Every process takes its share of the tensors, which all of them can read."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [i for group in saved["param_groups"] for i in group["params"]]
@@ -120,8 +144,15 @@ class FullySharded(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
             unfuse(optimizer)
 
-    def _gathered(self, value: DTensor) -> Tensor | None:
-        """The whole of a tensor on rank 0, None elsewhere; all must ask alike."""
+    def _kept_of(self, number: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        prefix = f"optimizer.{self._optimizers_kept}.{number}"
+        return {k: self._kept(f"{prefix}.{k}", v) if isinstance(v, DTensor) else v for k, v in state.items()}
+
+    def _kept(self, name: str, value: DTensor) -> Any:
+        """What a checkpoint holds of a sharded tensor; all processes must ask alike."""
+        if self.in_shares:
+            self._mine[name] = value.to_local().detach().cpu()
+            return shares.place(name, value.shape)
         whole = value.full_tensor().detach()
         return whole.cpu() if self.is_global_zero else None
 
@@ -163,12 +194,17 @@ def refuse(task: Task) -> None:
 
 def share_of(value: Any, parameter: nn.Parameter) -> Any:
     """This process's share of a state shaped like its sharded parameter; anything else as it is."""
-    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and is_sharded(parameter)):
+    if not isinstance(value, Tensor | shares.Pieces):
         return value
-    if value.shape != parameter.shape:
-        return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if not (isinstance(parameter, DTensor) and is_sharded(parameter) and value.shape == parameter.shape):
+        return shares.whole(value)
+    if isinstance(value, Tensor):
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    size, first = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    rows = value.rows(first[0], size[0]).to(parameter.device, copy=True)  # what is mapped must not be written to
+    return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=parameter.stride())
 
 
 @torch.no_grad()

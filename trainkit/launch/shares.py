@@ -1,0 +1,126 @@
+"""A checkpoint in shares: trainer=fsdp trainer.checkpoint=shares.
+
+    last.ckpt                            what every checkpoint is, with a place where a sharded tensor would stand
+    shares/00000300_1f3a6b2c/0.ckpt, …   the rows of each of those tensors that a process holds: a file per process
+
+Every process writes its own file, and then rank 0 the one that names them, which so is the whole checkpoint's seal:
+replacing, linking and removing it is done as with any other. Who reads one gets whole tensors, or the rows that are
+asked for, by memory mapping. Not torch.distributed.checkpoint, whose index is a pickle and could be a program.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = "shares"
+SEAL = "shares"  # the key of a checkpoint under which it names its files
+_TAG = re.compile(r"\d{8}_[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor cut along its first axis: the rows of every process in order, each (rows, …) or empty."""
+
+    shape: torch.Size
+    parts: tuple[Tensor, ...]
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Rows first to first + count, (count, …)."""
+        found, start = [], 0
+        for part in self.parts:
+            low, high = max(first, start), min(first + count, start + len(part))
+            if low < high:
+                found.append(part[low - start : high - start])
+            start += len(part)
+        if not found:
+            return self.parts[0].new_empty((0, *self.shape[1:]))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def whole(self) -> Tensor:
+        """In memory of its own."""
+        return torch.cat(self.parts)
+
+
+def place(key: str, shape: torch.Size) -> dict[str, Any]:
+    """What stands in a checkpoint for a tensor of which each process keeps its rows as `key`."""
+    return {"share": key, "shape": list(shape)}
+
+
+def new_tag(step: int) -> str:
+    return f"{step:08d}_{secrets.token_hex(4)}"
+
+
+def file_of(checkpoint: Path, tag: str, rank: int) -> Path:
+    return checkpoint.parent / FOLDER / tag / f"{rank}.ckpt"
+
+
+def files(checkpoint: Path) -> list[Path]:
+    """The further files that a sound checkpoint names; those of what is none are found out when it is read."""
+    try:
+        loaded = torch.load(checkpoint, mmap=True, map_location="cpu", weights_only=True)
+        return _named(loaded, checkpoint)
+    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError, ValueError):
+        return []
+
+
+def read(path: Path, *, lazily: bool = False) -> Any:
+    """A checkpoint on the CPU, mapped and not read, in whole tensors; lazily: with Pieces for those that were cut.
+
+    Raises what torch.load does, for a further file too, and ValueError where the files do not belong together.
+    """
+    return filled(torch.load(path, mmap=True, map_location="cpu", weights_only=True), path, lazily=lazily)
+
+
+def filled(loaded: Any, path: Path, *, lazily: bool = False) -> Any:
+    """The same of what torch.load has found in the file."""
+    parts = [torch.load(file, mmap=True, map_location="cpu", weights_only=True) for file in _named(loaded, path)]
+    return _filled(loaded, parts, lazily) if parts else loaded
+
+
+def whole(value: Any) -> Any:
+    """The same with whole tensors in the places of Pieces."""
+    if isinstance(value, Pieces):
+        return value.whole()
+    if isinstance(value, dict):
+        return {key: whole(inner) for key, inner in value.items()}
+    return value
+
+
+def clear(folder: Path) -> None:
+    """Removes shares in a folder of checkpoints that none of these names any more."""
+    if (folder / FOLDER).is_dir():
+        used = {file.parent.name for path in folder.glob("*.ckpt") for file in files(path)}
+        for tag in (folder / FOLDER).iterdir():
+            if tag.name not in used:
+                shutil.rmtree(tag, ignore_errors=True)
+
+
+def _named(loaded: Any, path: Path) -> list[Path]:
+    seal = loaded.get(SEAL) if isinstance(loaded, dict) else None
+    if seal is None:
+        return []
+    if not isinstance(seal, dict) or not _TAG.fullmatch(str(seal.get("tag"))) or not isinstance(seal.get("count"), int):
+        raise ValueError(f"{path} does not say where its shares are")
+    return [file_of(path, seal["tag"], rank) for rank in range(seal["count"])]
+
+
+def _filled(value: Any, parts: list[dict[str, Tensor]], lazily: bool) -> Any:
+    if isinstance(value, dict) and value.keys() == {"share", "shape"}:
+        pieces = Pieces(torch.Size(value["shape"]), tuple(part[value["share"]] for part in parts))
+        if sum(len(part) for part in pieces.parts) != pieces.shape[0]:
+            raise ValueError(f"the shares of {value['share']} are not all of it")
+        return pieces if lazily else pieces.whole()
+    if isinstance(value, dict):
+        return {key: _filled(inner, parts, lazily) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, parts, lazily) for inner in value]
+    return value
