@@ -1,5 +1,6 @@
 """The page holds what the runs logged, says how sure its numbers are, and is as safe as it is small."""
 
+import base64
 import csv
 import json
 import math
@@ -17,6 +18,7 @@ from scipy import stats
 
 from tests.report import synthetic
 from trainkit.report import blocks, curves, page
+from trainkit.report.canvas import Canvas
 from trainkit.report.collect import Series, collect, gather
 from trainkit.report.findings import config_differences, find
 from trainkit.report.metrics_file import line, read
@@ -356,3 +358,19 @@ def test_mistakes_in_the_command_are_told_with_exit_code_2(tmp_path):
         assert done.returncode == 2
         assert told in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("out", ["report.html", "elsewhere/page.html"])
+def test_what_a_sweep_was_for_is_the_first_thing_that_it_shows(tmp_path, out):
+    folder = synthetic.sweep(tmp_path / "logs", {"norm": ["pre", "peri"]})
+    assert 'href="#lr_sensitivity"' not in page.of_directory(folder).read_text()
+    with Canvas(1, width=4, height=3, heading="LR", title="") as canvas:
+        canvas.axes[0].plot([1, 2], [3, 4])
+        canvas.save(folder / "lr_sensitivity.png")
+    (folder / "search.png").write_text("no picture")
+    text = page.of_directory(folder, tmp_path / out).read_text()
+    picture = base64.b64encode((folder / "lr_sensitivity.png").read_bytes()).decode()
+    assert text.index(f'src="data:image/png;base64,{picture}"') < text.index('<section id="loss">')
+    link = re.search(r'href="([^"]*lr_sensitivity\.csv)"', text)[1]
+    assert ((tmp_path / out).parent / link).resolve() == (folder / "lr_sensitivity.csv").resolve()
+    assert 'id="search"' not in text

@@ -48,15 +48,18 @@ class JsonlLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         file = self._open()
         step = self._last.get("step", 0) if step is None else int(step)
-        if step != self._last.get("step"):
+        merged = step == self._last.get("step")
+        if not merged:
             self._start, self._last = file.seek(0, 2), {"step": step}
         self._last |= metrics
-        file.seek(self._start)
         rest = memoryview(line(self._last).encode())
         with writing(self.path, self.path.parent):
+            if merged:
+                file.seek(self._start)
             while rest:
                 rest = rest[file.write(rest) :]
-            file.truncate()
+            if merged:
+                file.truncate()
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

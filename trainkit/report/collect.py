@@ -63,11 +63,15 @@ class Run:
 
 @dataclass
 class Collection:
-    """Runs side by side; left_out: (path, reason) of what is there and no run."""
+    """Runs side by side; left_out: (path, reason) of what is there and no run.
+
+    folder: of the sweep, None where the runs are of no sweep or of several.
+    """
 
     title: str
     runs: list[Run] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    folder: Path | None = None
 
 
 def collect(directory: Path) -> Collection:
@@ -77,7 +81,7 @@ def collect(directory: Path) -> Collection:
         raise ValueError(f"{str(directory)!r} is no directory. Give that of a sweep or of a run, below logs/")
     title = directory.resolve().name
     if (directory / "sweep.json").exists() or (not _is_run(directory) and any(map(_is_run, _numbered(directory)))):
-        found = Collection(f"Sweep {title}", *_sweep(directory))
+        found = Collection(f"Sweep {title}", *_sweep(directory), directory)
     elif _is_run(directory):
         found = Collection(f"Run {title}", [_read(directory, title)])
     else:

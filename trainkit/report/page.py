@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +28,13 @@ import numpy as np
 from trainkit.launch.rundir import write_text
 from trainkit.report import blocks, curves, tables
 from trainkit.report.canvas import write_csv
-from trainkit.report.collect import Collection, Run, collect, gather
+from trainkit.report.collect import Collection, Run, collect, gather, relative
 from trainkit.report.findings import Findings, find, ranked
 from trainkit.report.wording import chapter, of_kind, of_site, title, unit
 
 COLOURED = 12  # groups with a colour of their own: the best ones
+CONCLUSIONS = {"lr_sensitivity": "Loss against learning rate", "search": "Search"}  # by what draws them
+PNG = b"\x89PNG"
 LOSSES = ("val/loss", "train/loss", "train/current_loss")
 DIGITS = 5  # of a number in the page; the CSV has all
 
@@ -269,6 +272,8 @@ def _html(found: Findings, collection: Collection, data: dict[str, Any], out: Pa
     plotly, code = get_plotlyjs(), _part("page.js")
     broken = curves.not_finite(found.groups, LOSSES)
     wrong = tables.problems(collection)
+    concluded = _concluded(collection)
+    beside = "" if collection.folder is None else relative(collection.folder, out.parent)
     return Template(_part("page.html")).substitute(
         policy=" ".join(f"'sha256-{_digest(script)}'" for script in (plotly, code)),
         style=_part("page.css"),
@@ -277,6 +282,8 @@ def _html(found: Findings, collection: Collection, data: dict[str, Any], out: Pa
         detail=escape(found.detail),
         facts=escape(_facts(found, collection)),
         warning=_warning(collection),
+        links="".join(f'<a href="#{name}">{CONCLUSIONS[name]}</a>' for name in concluded),
+        conclusions="\n".join(_conclusion(name, picture, beside) for name, picture in concluded.items()),
         folder=escape(out.with_suffix("").name),
         broken="".join(f'<p class="note">{escape(text)}</p>' for text in broken),
         runs=tables.runs(found, collection, out.parent) if collection.runs else "<p>There is none.</p>",
@@ -287,6 +294,27 @@ def _html(found: Findings, collection: Collection, data: dict[str, Any], out: Pa
         data=_embedded(data),
         plotly=plotly,
         code=code,
+    )
+
+
+def _concluded(collection: Collection) -> dict[str, bytes]:
+    """What a sweep was for, as far as it has been drawn: the pictures by name."""
+    if collection.folder is None:
+        return {}
+    found = {}
+    for name in CONCLUSIONS:
+        with suppress(OSError):  # there is none, or it cannot be read
+            picture = (collection.folder / f"{name}.png").read_bytes()
+            found |= {name: picture} if picture.startswith(PNG) else {}
+    return found
+
+
+def _conclusion(name: str, picture: bytes, folder: str) -> str:
+    links = ", ".join(f'<a href="{escape(folder)}/{name}{suffix}">{name}{suffix}</a>' for suffix in (".md", ".csv"))
+    return (
+        f'<section id="{name}">\n<h2>{CONCLUSIONS[name]}</h2>\n'
+        f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="{CONCLUSIONS[name]}">\n'
+        f'<p class="csv">Tables and numbers: {links}</p>\n</section>'
     )
 
 
