@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
             from trainkit.launch.sweep import sweep
 
             return sweep(plan)
-        standby.start(plan.configs[0])
+        standby.start(plan.configs[0], plan.overrides[0])
         from trainkit.launch.job import execute
 
         execute(plan.configs[0], plan.overrides[0], plan.typed)

@@ -125,8 +125,9 @@ def waiting(tmp_path, monkeypatch):
     for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(RUN.parent))
-    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}})
-    (process,) = standby._waiting
+    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}}, ["seed=1"])
+    process = standby._waiting[1]
+    assert process.args[2:] == ["seed=1"]  # as ps shows it
     yield process, tmp_path / "told.json"
     standby._waiting.clear()
     process.kill()
@@ -135,7 +136,7 @@ def waiting(tmp_path, monkeypatch):
 
 def test_a_rank_that_waits_becomes_the_one_that_is_asked_for(waiting):
     process, file = waiting
-    rank = standby.rank([str(file)], os.environ | {"LOCAL_RANK": "1"})
+    rank = standby.rank(1, [str(file)], os.environ)
     assert rank is process
     assert rank.wait(timeout=100) == 0
     found = json.loads(file.read_text())
@@ -154,7 +155,7 @@ def test_a_rank_that_was_killed_while_it_waited_is_started_anew(waiting):
     process, file = waiting
     process.kill()
     process.wait()
-    rank = standby.rank([str(file)], os.environ | {"LOCAL_RANK": "1"})
+    rank = standby.rank(1, [str(file)], os.environ)
     assert rank is not process
     assert rank.wait(timeout=100) == 0
     assert json.loads(file.read_text())["rank"] == "1"
@@ -170,11 +171,11 @@ def test_a_rank_that_was_killed_while_it_waited_is_started_anew(waiting):
     ],
 )
 def test_no_rank_waits_for_a_run_of_one_process_or_of_an_unknown_number(cfg):
-    standby.start(cfg)
-    assert standby._waiting == []
+    standby.start(cfg, [])
+    assert standby._waiting == {}
 
 
 def test_a_further_rank_has_none_waiting_for_it(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}})
-    assert standby._waiting == []
+    standby.start({"mode": "train", "trainer": {"strategy": "ddp", "devices": 2}}, [])
+    assert standby._waiting == {}

@@ -156,7 +156,7 @@ class Launcher(_SubprocessScriptLauncher):
         os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(environment.node_rank()), "0"
         os.environ["WORLD_SIZE"] = str(processes * self.num_nodes)
         for rank in range(1, processes):
-            self.procs.append(standby.rank(self.words, os.environ | {"LOCAL_RANK": str(rank)}))
+            self.procs.append(standby.rank(rank, self.words, os.environ))
 
 
 def supervise(trainer: Trainer, words: Sequence[str]) -> None:

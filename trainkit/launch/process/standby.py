@@ -1,8 +1,8 @@
 """Further ranks that start when rank 0 does: each imports what a run needs, and then waits for its words.
 
 Lightning starts them when the run is built, so that a run of several processes takes the time of two starts one after
-the other. What a rank is told, its environment, modules' folders and command line, comes through its standard input,
-as a line of JSON; where that ends without one, there is no run and the process ends too.
+the other. What a rank is told, its environment, modules' folders and words, comes through its standard input, as a line
+of JSON; where that ends without one, there is no run and the process ends too.
 """
 
 from __future__ import annotations
@@ -20,48 +20,46 @@ from trainkit.launch.process.launched import launched
 from trainkit.launch.sources import RUN
 
 WAITING = "TRAINKIT_STANDBY"  # set in a process that is to wait
-_waiting: list[subprocess.Popen[bytes]] = []
+_waiting: dict[int, subprocess.Popen[bytes]] = {}  # by local rank
 
 
-def start(cfg: Mapping[str, Any]) -> None:
-    """Starts the further ranks of this machine, as far as the configuration of a run says how many they are."""
+def start(cfg: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Starts the further ranks of this machine, as far as the configuration of a run says how many they are.
+
+    words: those of the run, for whoever lists processes.
+    """
     trainer = cfg["trainer"]
     engine, devices = trainer.get("strategy", "auto"), trainer.get("devices", 1)
     started = launched() is not None or "LOCAL_RANK" in os.environ
     if cfg["mode"] != "train" or engine not in ("ddp", "fsdp") or started or isinstance(devices, str):
         return
     count = devices if isinstance(devices, int) else len(devices)
-    for _ in range(1, count):
-        _waiting.append(
-            subprocess.Popen(
-                [sys.executable, str(RUN)],
-                env=os.environ | {WAITING: "1"},
-                stdin=subprocess.PIPE,
-                preexec_fn=bound(),
-            )
-        )
+    for number in range(1, count):
+        environment = os.environ | {WAITING: "1", "LOCAL_RANK": str(number)}
+        command = [sys.executable, str(RUN), *words]
+        _waiting[number] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, preexec_fn=bound())
 
 
-def rank(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """The process of a further rank of the run of `words`: one that waits, or a new one.
+def rank(number: int, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """The process of local rank `number` of the run of `words`: the one that waits, or a new one.
 
     It finds modules where this process does.
     """
+    environment = {**environment, "LOCAL_RANK": str(number)}
     path = [os.path.abspath(folder) for folder in sys.path]
-    while _waiting:
-        process = _waiting.pop()
+    process = _waiting.pop(number, None)
+    if process is not None:
         assert process.stdin is not None
-        told = {"words": list(words), "environment": dict(environment), "path": path}
+        message = {"words": list(words), "environment": environment, "path": path}
         try:
             with process.stdin as pipe:
-                pipe.write(json.dumps(told).encode() + b"\n")
+                pipe.write(json.dumps(message).encode() + b"\n")
+            return process
         except BrokenPipeError:  # it is gone: somebody else has ended it
             process.kill()
             process.wait()
-        else:
-            return process
-    theirs = {**environment, "PYTHONPATH": os.pathsep.join(path)}
-    return subprocess.Popen([sys.executable, str(RUN), *words], env=theirs)
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    return subprocess.Popen([sys.executable, str(RUN), *words], env=environment)
 
 
 def told(argv: list[str]) -> list[str]:
