@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.preemption import Preemption
 from trainkit.launch.checkpoints import kept
 from trainkit.launch.disk import flush, writing
-from trainkit.launch.shares import clear, filled
+from trainkit.launch.shares import clear
 from trainkit.task.base import Task, by_rank
 
 
@@ -56,8 +54,6 @@ class LastAndBest(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: Task, stage: str) -> None:  # type: ignore[override]
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = InPlace()
 
     @property
     def best_model_path(self) -> str:
@@ -67,6 +63,8 @@ class LastAndBest(Checkpoint):
     # --- when -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            clear(self.folder)  # of what did not become a checkpoint
         self._saved_step = trainer.global_step
         self._sound = trainer.ckpt_path is not None and Path(trainer.ckpt_path) == self.folder / "last.ckpt"
         if len(self._generators) == trainer.world_size:
@@ -159,40 +157,6 @@ class LastAndBest(Checkpoint):
         self._generators = state_dict["generators"]
         if state_dict["monitor"] == self.monitor:
             self.best = state_dict["best"]
-
-
-class InPlace(TorchCheckpointIO):
-    """Writes to the very path that is asked for, through to the disk, and reads checkpoints in shares too.
-
-    Lightning's own makes two copies in memory and the file in /tmp, where a killed process leaves it behind.
-    """
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return filled(super().load_checkpoint(path, map_location, weights_only), Path(path))
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        failed: list[OSError] = []
-
-        class Kept(FileIO):
-            """torch makes a RuntimeError of what goes wrong in here."""
-
-            def write(self, data: Any) -> int:
-                try:
-                    rest = memoryview(data)
-                    while rest:
-                        rest = rest[super().write(rest) or 0 :]
-                    return len(data)
-                except OSError as error:
-                    failed.append(error)
-                    raise
-
-        with Kept(path, "w") as file:
-            try:
-                torch.save(checkpoint, file)
-            except (OSError, RuntimeError) as error:
-                raise (failed or [error])[0] from None
 
 
 def _stopping(trainer: Trainer) -> bool:

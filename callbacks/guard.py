@@ -199,7 +199,10 @@ def spike(loss: Tensor, before: Tensor) -> Tensor:
     """How many standard deviations a loss lies above the mean of the finite ones among those before it, 0-d."""
     there = before.isfinite()
     if before.is_cpu:
-        std, mean = torch.std_mean(before[there])
+        known = before[there]
+        if len(known) < 2:
+            return torch.zeros_like(loss)
+        std, mean = torch.std_mean(known)
     else:  # choosing them would wait for the device
         number = there.sum()
         mean = torch.where(there, before, 0.0).sum() / number

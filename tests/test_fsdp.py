@@ -151,6 +151,28 @@ def test_a_stopped_run_goes_on_bit_for_bit_also_in_one_process(words, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_rank_without_room_for_its_share_ends_the_run_with_what_was_saved_before(words, tmp_path):  # noqa: F811
+    full = ["plugins=[tests]", "+callbacks.full._target_=tests.launch.witness.FullDisk", "+callbacks.full.rank=1"]
+    base = [*words, *SHORT, *FSDP, "trainer.checkpoint=shares", *full, "+callbacks.full.step=6"]
+    done = door(*base, f"paths.run_dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "the disk is full; the run has stopped and its older checkpoints are intact" in done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], "the disk is full" in result["reason"]) == ("failed", True)
+    assert checkpoint(tmp_path / "run")["global_step"] == 3
+    (tag,) = (tmp_path / "run" / "checkpoints" / "shares").iterdir()
+    assert tag.name.startswith("00000003_")
+    alone = [
+        "trainer=cpu",
+        "plugins=[tests]",
+        "callbacks.full.step=100",
+        *(word for word in words if word.startswith("paths.")),
+    ]
+    done = door(f"resume={tmp_path / 'run'}", *alone)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_one_process(words, tmp_path):  # noqa: F811
     base = [*words, *SHORT, "trainer.precision=bf16-mixed", "data.batch_size=8"]
     ran(tmp_path / "one", *base)

@@ -9,12 +9,14 @@ from io import FileIO
 import pytest
 import torch
 
-from callbacks.checkpoint import InPlace, LastAndBest
+from callbacks.checkpoint import LastAndBest
 from tests.callbacks.toy import fit
 from tests.test_runs import corpus, door, words  # noqa: F401  # fixtures
+from trainkit.launch.checkpoint_file import InPlace
 from trainkit.launch.checkpoints import damage, found
 from trainkit.launch.disk import DiskError, writing
 from trainkit.launch.loggers import CsvLogger, JsonlLogger
+from trainkit.launch.trainer import trainer
 
 REASONS = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system has become read-only"}
 
@@ -48,6 +50,10 @@ def test_what_goes_wrong_in_the_file_is_not_hidden_by_torch():
     with pytest.raises(OSError, match="No space left") as caught:
         InPlace().save_checkpoint({"weights": torch.zeros(10_000)}, "/dev/full")
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_every_trainer_reads_and_writes_so():
+    assert type(trainer(max_steps=1, accelerator="cpu").strategy.checkpoint_io) is InPlace  # without a callback too
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):

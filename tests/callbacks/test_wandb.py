@@ -128,7 +128,7 @@ def test_a_service_that_dies_is_one_warning(tmp_path, said, monkeypatch):
 @pytest.fixture
 def sweep(tmp_path):
     """The folder of a sweep that has its report, and the configuration of a job."""
-    folder = tmp_path / "logs" / "gpt" / "2026-01-01"
+    folder = tmp_path / "logs" / "gpt" / "my sweep=ü"
     folder.mkdir(parents=True)
     for name in ("report.html", "summary.md", "summary.csv"):
         (folder / name).write_text(f"<p>{name}</p>")
@@ -149,6 +149,7 @@ def test_a_report_is_a_page_and_an_artifact_of_a_run_in_the_group(tmp_path, said
     ((run, artifact),) = kept
     assert (run.project, run.group, run.job_type) == ("mine", folder.name, "report")
     assert (run.name, artifact.type) == (f"{folder.name}/report", "report")
+    assert artifact.name.startswith("report-my_sweep__")
     assert sorted(artifact.manifest.entries) == ["report.html", "summary.csv", "summary.md"]
 
 

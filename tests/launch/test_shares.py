@@ -1,5 +1,7 @@
 """Checkpoints that every process has written a part of. Whole runs of them are in tests/test_fsdp.py."""
 
+import errno
+
 import pytest
 import torch
 
@@ -101,3 +103,33 @@ def test_shares_that_nobody_names_are_removed(checkpoint):
     checkpoint.unlink()
     shares.clear(folder)
     assert torch.equal(shares.read(folder / "best.ckpt")["state_dict"]["w"], WEIGHT)
+
+
+def test_nothing_is_removed_while_a_checkpoint_cannot_be_read(checkpoint, monkeypatch):
+    folder = checkpoint.parent
+    write(folder / "previous.ckpt", "00000002_0123abcd")
+    write(folder / "gone.ckpt", "00000001_0123abcd").unlink()
+    load = torch.load
+
+    def stale(path, **options):
+        if path.name == "previous.ckpt":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return load(path, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "load", stale)
+        shares.clear(folder)
+    assert len(list((folder / "shares").iterdir())) == 3
+    shares.clear(folder)
+    assert len(list((folder / "shares").iterdir())) == 2
+
+
+def test_a_tag_of_a_long_run_is_a_tag(checkpoint):
+    tag = shares.new_tag(10**9)
+    assert torch.equal(shares.read(write(checkpoint, tag))["state_dict"]["w"], WEIGHT)
+
+
+def test_rows_are_copied_into_what_is_there(checkpoint):
+    target = torch.zeros(5, 3)
+    shares.read(checkpoint, lazily=True)["state_dict"]["w"].copy_to(target)
+    assert torch.equal(target, WEIGHT)

@@ -119,6 +119,15 @@ def test_the_report_goes_where_the_runs_went(go, tmp_path, monkeypatch, fragment
     assert published == [(directory(tmp_path), directory(tmp_path) / "report.html")] * times
 
 
+def test_a_report_that_cannot_be_uploaded_is_said_to_be_on_disk(go, tmp_path, monkeypatch, told):
+    (tmp_path / "wandb" / "run-20260101_000000-id0").mkdir(parents=True)
+    monkeypatch.setattr(module, "publish", lambda *_: 1 / 0)
+    assert go("seed=0,1", "logger=wandb") == 0
+    page = directory(tmp_path) / "report.html"
+    assert f"the report was not uploaded to W&B (ZeroDivisionError: division by zero); it is {page}" in told()
+    assert page.is_file()
+
+
 FAILURES = {
     "post": ("NonFiniteLoss: the loss is nan", 1),
     "peri": ("RuntimeError: before the run began", 1),

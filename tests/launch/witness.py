@@ -1,5 +1,6 @@
 """Plugins for the tests of several processes: what each one reads, and ways to fail."""
 
+import errno
 import json
 import os
 import time
@@ -66,3 +67,20 @@ class Sent(Callback):
 
     def on_train_end(self, trainer, pl_module):
         Path(trainer.default_root_dir, f"sent_{trainer.global_rank}.json").write_text(json.dumps(self.buckets))
+
+
+class FullDisk(Callback):
+    """From a step on no file of a checkpoint can be written by one of the ranks."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_train_start(self, trainer, pl_module):
+        write = trainer.strategy.checkpoint_io.save_checkpoint
+
+        def fail(*args, **kwargs):
+            if trainer.global_rank == self.rank and trainer.global_step >= self.step:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(*args, **kwargs)
+
+        trainer.strategy.checkpoint_io.save_checkpoint = fail

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
+from trainkit.gradient.scale import scale_
 from trainkit.measure import shards
 from trainkit.measure.grad_norm import grad_norm
 from trainkit.measure.gradient_norms import norms
@@ -86,3 +89,14 @@ def test_nothing_is_kept_alive():
     last = ref(tensors[0])
     del tensors
     assert last() is None
+
+
+def test_what_is_written_to_a_share_is_noticed():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        g = distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Replicate()])
+        before = norms([g]).clone()
+        scale_([g], torch.tensor(0.5))
+        torch.testing.assert_close(norms([g]), 0.5 * before)
+    finally:
+        distributed.destroy_process_group()

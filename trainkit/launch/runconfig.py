@@ -23,8 +23,8 @@ FACTS = (
     "fingerprint",
 )  # what only reading the data tells
 
-UNSEEN = ("cache_dir", "workers")  # settings of data on which no number depends
-PLACES = ("path", "val_path")  # nor on these, of data that are known by their fingerprint
+UNSEEN = (".cache_dir", "data.workers")  # settings of data on which no number depends
+PLACES = ("data.path", "data.val_path")  # nor on these, of data that are known by their fingerprint
 
 
 def save_config(cfg: DictConfig, path: Path) -> None:
@@ -118,10 +118,10 @@ def continues(cfg: DictConfig, directory: Path) -> None:
     for name in FACTS:
         if name in cfg.data and before.data.get(name) is not None:
             OmegaConf.update(cfg, f"data.{name}", before.data[name])
-    may_change = {f"data.{name}" for name in (*UNSEEN, *(PLACES if before.data.get("fingerprint") else ()))}
+    may_change = (*UNSEEN, *(PLACES if before.data.get("fingerprint") else ()))
     for group in ("model", "norm", "norm_layer", "data", "seed", "to", "optimizer._target_", "optimizer.base._target_"):
         now, then = (OmegaConf.select(c, group) for c in (cfg, before))
-        pairs = [pair for pair in _differences(now, then, group) if pair[0] not in may_change]
+        pairs = [pair for pair in _differences(now, then, group) if not pair[0].endswith(may_change)]
         if pairs:
             key, new, old = pairs[0]
             raise UserError(

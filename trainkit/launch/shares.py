@@ -23,7 +23,8 @@ from torch import Tensor
 
 FOLDER = "shares"
 SEAL = "shares"  # the key of a checkpoint under which it names its files
-_TAG = re.compile(r"\d{8}_[0-9a-f]{8}")
+UNREADABLE = (OSError, RuntimeError, EOFError, TypeError, ValueError, UnpicklingError)
+_TAG = re.compile(r"\d{8,}_[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Pieces:
         if not found:
             return self.parts[0].new_empty((0, *self.shape[1:]))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def copy_to(self, target: Tensor) -> None:
+        """Row by row, so that the whole is nowhere held twice."""
+        start = 0
+        for part in self.parts:
+            target[start : start + len(part)].copy_(part)
+            start += len(part)
 
     def whole(self) -> Tensor:
         """In memory of its own."""
@@ -66,9 +74,8 @@ def file_of(checkpoint: Path, tag: str, rank: int) -> Path:
 def files(checkpoint: Path) -> list[Path]:
     """The further files that a sound checkpoint names; those of what is none are found out when it is read."""
     try:
-        loaded = torch.load(checkpoint, mmap=True, map_location="cpu", weights_only=True)
-        return _named(loaded, checkpoint)
-    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError, ValueError):
+        return _named(torch.load(checkpoint, mmap=True, map_location="cpu", weights_only=True), checkpoint)
+    except UNREADABLE:
         return []
 
 
@@ -96,12 +103,22 @@ def whole(value: Any) -> Any:
 
 
 def clear(folder: Path) -> None:
-    """Removes shares in a folder of checkpoints that none of these names any more."""
-    if (folder / FOLDER).is_dir():
-        used = {file.parent.name for path in folder.glob("*.ckpt") for file in files(path)}
-        for tag in (folder / FOLDER).iterdir():
-            if tag.name not in used:
-                shutil.rmtree(tag, ignore_errors=True)
+    """Removes shares in a folder of checkpoints that none of these names any more.
+
+    Nothing where one of them cannot be read: what it names may be sound, and it readable tomorrow.
+    """
+    if not (folder / FOLDER).is_dir():
+        return
+    try:
+        loaded = {
+            path: torch.load(path, mmap=True, map_location="cpu", weights_only=True) for path in folder.glob("*.ckpt")
+        }
+        used = {file.parent.name for path, one in loaded.items() for file in _named(one, path)}
+    except UNREADABLE:
+        return
+    for tag in (folder / FOLDER).iterdir():
+        if tag.name not in used:
+            shutil.rmtree(tag, ignore_errors=True)
 
 
 def _named(loaded: Any, path: Path) -> list[Path]:

@@ -466,7 +466,11 @@ class Sweep:
         ids = [rundir.read_json(directory / "result.json").get("id", "") for directory in dirs]
         for cfg in self.plan.configs:
             if "wandb" in str(cfg.choices.logger) and is_online(Path(cfg.paths.log_dir), filter(None, ids)):
-                publish(cfg, self.directory, page)
+                try:
+                    publish(cfg, self.directory, page)
+                except (Exception, KeyboardInterrupt) as error:  # whatever W&B raises, the page is on disk
+                    told = f"{type(error).__name__}: {shorten(str(error))}"
+                    log.warning("the report was not uploaded to W&B (%s); it is %s", told, page)
                 return
 
     def _report(self) -> None:
@@ -476,12 +480,13 @@ class Sweep:
 
             page = of_directory(self.directory)
             log.info("report %s", page)
-            self._publish(page)
         except KeyboardInterrupt:
             log.warning("the report was not finished; python -m trainkit.report %s writes it", self.directory)
         except Exception as error:
             told = f"{type(error).__name__}: {shorten(str(error))}"
             log.warning("the report could not be written (%s); the sweep's numbers are in summary.md", told)
+        else:
+            self._publish(page)
 
 
 def diverged(result: dict[str, Any]) -> bool:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from trainkit.launch.checkpoint_file import InPlace
 from trainkit.launch.process.engine import check_devices, check_engine, engine
 from trainkit.launch.process.machine import default_threads
 from trainkit.launch.process.precision import check_precision, choose_precision
@@ -73,7 +75,7 @@ def trainer(
     if precision == "auto":
         precision, _ = choose_precision(accelerator)
     torch.set_num_threads(default_threads(devices) if threads is None else threads)
-    return Trainer(
+    made = Trainer(
         max_steps=max_steps,
         max_epochs=max_epochs,
         val_check_interval=val_check_interval * accumulate_grad_batches,
@@ -105,6 +107,9 @@ def trainer(
         num_sanity_val_steps=0,
         **options,
     )
+    if type(made.strategy.checkpoint_io) is TorchCheckpointIO:
+        made.strategy.checkpoint_io = InPlace()
+    return made
 
 
 class Recompute(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +19,7 @@ def is_online(log_dir: Path, ids: Iterable[str]) -> bool:
 def publish(cfg: DictConfig, directory: Path, page: Path) -> None:
     """Uploads the report of the sweep in `directory`, again into the same W&B run where it is there already.
 
-    cfg: of one of its jobs, whose project and entity count. Warns where W&B fails, and never raises for it.
+    cfg: of one of its jobs, whose project and entity count. What W&B cannot do is warned of.
     """
     import wandb
 
@@ -36,7 +37,8 @@ def publish(cfg: DictConfig, directory: Path, page: Path) -> None:
         resumed=True,
         **{key: value for key, value in options.items() if not key.startswith("_")},
     )
-    artifact = wandb.Artifact(f"report-{directory.name}", type="report", description=f"what {directory} found")
+    named = re.sub(r"[^\w.-]", "_", directory.name, flags=re.ASCII)[:100]  # W&B takes no other names
+    artifact = wandb.Artifact(f"report-{named}", type="report", description=f"what {directory} found")
     for path in (page, directory / "summary.md", directory / "summary.csv"):
         if path.is_file():
             artifact.add_file(str(path))

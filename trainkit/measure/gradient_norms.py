@@ -6,6 +6,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trainkit.measure import shards
 
@@ -14,7 +15,7 @@ class _Latest:
     """The gradients that were looked at last, by weak references and how often each was written to, and their norms."""
 
     def __init__(self, gradients: Sequence[Tensor] = (), found: Tensor | None = None):
-        self.seen = {id(g): (ref(g), g._version, place) for place, g in enumerate(gradients)}
+        self.seen = {id(g): (ref(g), _version(g), place) for place, g in enumerate(gradients)}
         self.found = torch.empty(0) if found is None else found
 
     def places(self, gradients: Sequence[Tensor]) -> list[int] | None:
@@ -22,10 +23,15 @@ class _Latest:
         places = []
         for g in gradients:
             tensor, version, place = self.seen.get(id(g), (None, 0, 0))
-            if tensor is None or tensor() is not g or version != g._version:
+            if tensor is None or tensor() is not g or version != _version(g):
                 return None
             places.append(place)
         return places
+
+
+def _version(t: Tensor) -> int:
+    """How often it was written to; a sharded tensor is by its share, and does not count that itself."""
+    return (t._local_tensor if isinstance(t, DTensor) else t)._version
 
 
 _latest = _Latest()

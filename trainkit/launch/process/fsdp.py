@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from trainkit.task.base import Task
 from trainkit.task.continual import ContinualClassification
 
 CHECKPOINTS = ("whole", "shares")
+SEEN = 30.0  # seconds until what another machine has written must be seen
 
 
 class FullySharded(ModelParallelStrategy):
@@ -116,15 +120,50 @@ class FullySharded(ModelParallelStrategy):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """In shares: those of all processes first. Raises on all of them the OSError that one of them met."""
         if self.in_shares:
             tag = self.broadcast(shares.new_tag(checkpoint["global_step"]))
-            mine = shares.file_of(Path(filepath), tag, self.global_rank)
-            self.checkpoint_io.save_checkpoint(self._mine, mine)  # type: ignore[arg-type]
-            flush(mine)
-            self.barrier("shares")
+            files = [shares.file_of(Path(filepath), tag, rank) for rank in range(self.world_size)]
+            try:
+                self._together(lambda: self._write(files[self.global_rank]))
+                self._together(lambda: self._find(files) if self.is_global_zero else None)
+            except OSError:
+                if self.is_global_zero:
+                    shutil.rmtree(files[0].parent, ignore_errors=True)
+                raise
             self._mine = {}
             checkpoint[shares.SEAL] = {"tag": tag, "count": self.world_size}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _write(self, file: Path) -> None:
+        self.checkpoint_io.save_checkpoint(self._mine, file)  # type: ignore[arg-type]
+        for path in (file, file.parent, file.parent.parent):  # a name is only there once its folder is
+            flush(path)
+
+    def _find(self, files: list[Path]) -> None:
+        """Raises OSError where rank 0 does not see what the others wrote; a network's file system may take a while."""
+        deadline = time.monotonic() + SEEN
+        while missing := [file for file in files if not file.is_file()]:
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    "trainer.checkpoint=shares needs a folder that all machines share; rank 0 does not see",
+                    str(missing[0]),
+                )
+            time.sleep(0.1)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Calls `act` on every process; where it fails on one it has failed on all."""
+        failed: OSError | None = None
+        try:
+            act()
+        except OSError as error:
+            failed = error
+        mine = None if failed is None else (failed.errno, failed.strerror, failed.filename)
+        everyone: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(everyone, mine)
+        if first := next(filter(None, everyone), None):
+            raise failed or OSError(*first)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Mapped, not read: the processes of a machine share what they look at, and keep only their shares of it."""
@@ -132,7 +171,12 @@ class FullySharded(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(shares.whole(checkpoint["state_dict"]), strict=strict)
+        state, own = dict(checkpoint["state_dict"]), self.lightning_module.state_dict()
+        for name, value in state.items():
+            if isinstance(value, shares.Pieces) and name in own and own[name].shape == value.shape:
+                value.copy_to(own[name])
+                state[name] = own[name]
+        self.lightning_module.load_state_dict(shares.whole(state), strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Every process takes its share of the tensors, which all of them can read."""
