@@ -15,7 +15,7 @@ from trainkit.launch.process.launched import adopt
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 128 + n told to stop by signal n."""
-    argv = standby.told(argv)
+    argv = standby.told(argv, "trainkit.launch.job")
     adopt()
     plan = preflight(argv)
     if plan.passthrough:

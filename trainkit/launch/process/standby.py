@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from trainkit.launch.process.children import bound
@@ -62,13 +63,12 @@ def rank(number: int, words: Sequence[str], environment: Mapping[str, str]) -> s
     return subprocess.Popen([sys.executable, str(RUN), *words], env=environment)
 
 
-def told(argv: list[str]) -> list[str]:
-    """The words of this process: `argv`, or in one that waits what rank 0 tells it, once what a run needs is there."""
+def told(argv: list[str], module: str) -> list[str]:
+    """The words of this process: `argv`, or in one that waits what rank 0 tells it, once `module` is imported."""
     if os.environ.pop(WAITING, None) is None:
         return argv
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; rank 0 gets it too, and ends this one
-    from trainkit.launch import job  # noqa: F401
-
+    import_module(module)
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)
