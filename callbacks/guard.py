@@ -197,16 +197,22 @@ class Guard(Callback):
 
 def spike(loss: Tensor, before: Tensor) -> Tensor:
     """How many standard deviations a loss lies above the mean of the finite ones among those before it, 0-d."""
-    there = before.isfinite()
-    if before.is_cpu:
-        known = before[there]
+    if before.is_cpu:  # so few numbers take less time than the calls would
+        known = [value for value in before.tolist() if math.isfinite(value)]
         if len(known) < 2:
             return torch.zeros_like(loss)
-        std, mean = torch.std_mean(known)
-    else:  # choosing them would wait for the device
-        number = there.sum()
-        mean = torch.where(there, before, 0.0).sum() / number
-        std = (torch.where(there, before - mean, 0.0).square().sum() / (number - 1)).sqrt()
+        mean = math.fsum(known) / len(known)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1))
+        return loss.new_tensor((float(loss) - mean) / std if std > 0 else 0.0)
+    return spike_without_waiting(loss, before)
+
+
+def spike_without_waiting(loss: Tensor, before: Tensor) -> Tensor:
+    """The same on the device."""
+    there = before.isfinite()
+    number = there.sum()
+    mean = torch.where(there, before, 0.0).sum() / number
+    std = (torch.where(there, before - mean, 0.0).square().sum() / (number - 1)).sqrt()
     return torch.where(std > 0, (loss - mean) / std, 0.0)
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks.checkpoint import LastAndBest
-from callbacks.guard import Guard, NonFiniteLoss, finite_gradients, spike
+from callbacks.guard import Guard, NonFiniteLoss, finite_gradients, spike, spike_without_waiting
 from callbacks.preemption import Preemption
 from tests.callbacks.test_checkpoint import load, same
 from tests.callbacks.toy import Network, Toy, fit, rows
@@ -165,3 +165,12 @@ def test_options_are_checked():
         Guard(max_skips=0)
     with pytest.raises(ValueError, match=r"callbacks\.guard\.window"):
         Guard(window=3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_the_score_on_a_device_is_that_on_the_cpu(count):
+    before = torch.full((60,), math.nan)
+    before[:count] = torch.randn(count)
+    before[50], before[51] = math.inf, -math.inf
+    for loss in (torch.tensor(3.0), torch.tensor(math.inf)):
+        torch.testing.assert_close(spike_without_waiting(loss, before), spike(loss, before))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from operator import attrgetter
 from weakref import ref
 
 import torch
@@ -15,7 +16,8 @@ class _Latest:
     """The gradients that were looked at last, by weak references and how often each was written to, and their norms."""
 
     def __init__(self, gradients: Sequence[Tensor] = (), found: Tensor | None = None):
-        self.seen = {id(g): (ref(g), _version(g), place) for place, g in enumerate(gradients)}
+        self.version = _version_of_share if any(isinstance(g, DTensor) for g in gradients) else attrgetter("_version")
+        self.seen = {id(g): (ref(g), self.version(g), place) for place, g in enumerate(gradients)}
         self.found = torch.empty(0) if found is None else found
 
     def places(self, gradients: Sequence[Tensor]) -> list[int] | None:
@@ -23,14 +25,14 @@ class _Latest:
         places = []
         for g in gradients:
             tensor, version, place = self.seen.get(id(g), (None, 0, 0))
-            if tensor is None or tensor() is not g or version != _version(g):
+            if tensor is None or tensor() is not g or version != self.version(g):
                 return None
             places.append(place)
         return places
 
 
-def _version(t: Tensor) -> int:
-    """How often it was written to; a sharded tensor is by its share, and does not count that itself."""
+def _version_of_share(t: Tensor) -> int:
+    """How often a tensor was written to; one that is sharded is by its share, and does not count that itself."""
     return (t._local_tensor if isinstance(t, DTensor) else t)._version
 
 
