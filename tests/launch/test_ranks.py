@@ -110,9 +110,9 @@ import json, os, sys
 from pathlib import Path
 from trainkit.launch.process import standby
 
-words = standby.told(sys.argv[1:], "trainkit.launch.job")
+words = standby.told(sys.argv[1:], "trainkit.launch.explain")
 found = {"words": words, "rank": os.environ["LOCAL_RANK"], "waiting": standby.WAITING in os.environ}
-Path(words[0]).write_text(json.dumps(found | {"loaded": "trainkit.launch.job" in sys.modules, "path": sys.path}))
+Path(words[0]).write_text(json.dumps(found | {"loaded": "trainkit.launch.explain" in sys.modules, "path": sys.path}))
 """
 
 

@@ -21,6 +21,7 @@ from trainkit.launch.console import log, to_terminal
 from trainkit.launch.preflight import UserError, check
 from trainkit.launch.process import machine
 from trainkit.launch.resume import recorded
+from trainkit.launch.wandb_report import is_online
 
 FAKE = Path(__file__).with_name("fake_run.py")
 
@@ -107,16 +108,20 @@ def test_every_job_has_a_directory_its_words_and_a_clean_environment(go, tmp_pat
     assert "on standard output" in capfd.readouterr().out  # one at a time, so the terminal is the job's
 
 
-@pytest.mark.parametrize(("fragment", "logger", "times"), [
-    ("run-20260101_000000-id1", "wandb", 1), ("offline-run-20260101_000000-id1", "wandb", 0),
-    ("run-20260101_000000-another", "wandb", 0), ("run-20260101_000000-id1", "csv", 0),
+@pytest.mark.parametrize(("fragment", "online"), [
+    ("run-20260101_000000-id1", True), ("offline-run-20260101_000000-id1", False), ("run-20260101_000000-id2", False),
 ])  # fmt: skip
-def test_the_report_goes_where_the_runs_went(go, tmp_path, monkeypatch, fragment, logger, times):
+def test_the_report_goes_where_the_runs_went(tmp_path, fragment, online):
     (tmp_path / "wandb" / fragment).mkdir(parents=True)
+    assert is_online(tmp_path, ["id0", "id1"]) is online
+
+
+def test_another_logger_has_no_place_for_a_report(go, tmp_path, monkeypatch):
+    (tmp_path / "wandb" / "run-20260101_000000-id1").mkdir(parents=True)
     published = []
-    monkeypatch.setattr(module, "publish", lambda cfg, *places: published.append(places))
-    assert go("seed=0,1", f"logger={logger}") == 0
-    assert published == [(directory(tmp_path), directory(tmp_path) / "report.html")] * times
+    monkeypatch.setattr(module, "publish", lambda cfg, *places: published.append((cfg.choices.logger, *places)))
+    assert go("seed=0,1", "logger=csv,wandb") == 0
+    assert published == [("wandb", directory(tmp_path), directory(tmp_path) / "report.html")]
 
 
 def test_a_report_that_cannot_be_uploaded_is_said_to_be_on_disk(go, tmp_path, monkeypatch, told):
