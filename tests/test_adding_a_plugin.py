@@ -79,6 +79,7 @@ def test_in_the_project_three_new_files_are_enough(tmp_path):
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.slow
 def test_from_outside_a_package_and_a_folder_are_enough(tmp_path):
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package/__init__.py").touch()

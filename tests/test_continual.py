@@ -125,6 +125,7 @@ def refused(capfd, says, *argv):
         (["data=permuted_digits", "task.scenario=class"], "share them"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_before_the_first_step(tmp_path, more, says):
     done = door(*words(tmp_path, *more))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -132,6 +133,7 @@ def test_what_is_refused_before_the_first_step(tmp_path, more, says):
     assert len(done.stderr.strip().splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_within_a_task_and_extended_is_the_unbroken_one(tmp_path):
     whole = finished(*words(tmp_path / "whole", "learner=lwf"))
     finished(*words(tmp_path / "short", "learner=lwf", "trainer.max_steps=10"))

@@ -233,6 +233,7 @@ def door(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_7b_on_128_gpus_is_planned_on_a_laptop(tmp_path):
     argv = ["mode=plan", "model=llama_7b", "trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=16"]
     argv += ["trainer.precision=bf16-mixed", "data.batch_size=512", "data.vocab=32000", "model.context=2048"]

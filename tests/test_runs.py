@@ -197,6 +197,7 @@ def test_an_added_key_is_set_or_deleted_by_its_own_name(tmp_path, word, value):
     assert node.get("step") == value
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_puts_back_goes_on_with_its_run(words, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
@@ -233,6 +234,7 @@ def test_a_job_that_slurm_puts_back_goes_on_with_its_run(words, tmp_path, monkey
         trainkit.run(named)
 
 
+@pytest.mark.slow
 def test_a_script_that_asks_for_two_processes_is_not_run_twice(words, tmp_path):
     lines = ["import trainkit", "print('begins')", f"print(trainkit.run({[*words, *DDP]!r}).metrics['val/loss'])"]
     (tmp_path / "mine.py").write_text("\n".join(lines))
@@ -257,6 +259,7 @@ def test_resume_refuses_another_model(words):
         trainkit.run([f"resume={run}", "model.depth=3"])
 
 
+@pytest.mark.slow
 def test_a_word_that_cannot_work_leaves_the_run_as_it_was(words):
     run = trainkit.run(words).dir
     before = {name: (run / name).read_bytes() for name in ("config.yaml", "result.json")}
@@ -391,6 +394,7 @@ def test_a_failure_exits_with_1_and_says_so_on_disk(words, tmp_path):
     assert "Traceback" in (result.parent / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_norm_layer_that_nothing_uses_is_one_warning(words):
     run = door("norm=rezero", "norm_layer=dyt", *words, "trainer.max_steps=1")
     assert run.returncode == 0, run.stderr

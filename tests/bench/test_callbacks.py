@@ -21,6 +21,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_json_has_every_run_and_none_is_left_behind(capsys):
     before = threading.active_count()
     assert bench.main([*SMALL, "--looks", "1", "--json"]) == 0

@@ -296,12 +296,14 @@ def test_equal_seeds_suggest_alike(sampler):
     assert draws(1, before=3)[0] not in draws(1)  # continued, it does not draw the same again
 
 
+@pytest.mark.slow
 def test_jobs_of_a_search_run_at_the_same_time(look, tmp_path):
     assert look(*SEARCH, "hparams_search.trials=3", "schedule.final=3", "sweep.jobs=2") == 0
     assert overlaps(tmp_path, 3) == 2
     assert len({job["params"]["optimizer.lr"] for job in jobs(tmp_path)}) == 3
 
 
+@pytest.mark.slow
 def test_failed_and_diverged_jobs_are_told_as_failed(look, tmp_path):
     space = f"{SPACE}={{norm:[post,mix,pre]}}"
     assert look(*SEARCH, space, "hparams_search.trials=8", "hparams_search.sampler=random") == 1
@@ -354,6 +356,7 @@ def test_a_metric_that_no_job_ends_with_stops_the_search(look, tmp_path):
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_with_what_it_knows(look, tmp_path, told, monkeypatch):  # noqa: F811
     helper = interrupt(tmp_path, signal.SIGINT, job="*")
     words = [f"{SPACE}={{norm:[lns,pre],seed:{{low:0,high:9}}}}", "hparams_search.trials=9"]

@@ -37,6 +37,7 @@ def agents(sweep: dict, values: dict) -> list[str]:
     return [word for part in command for word in (macros[part[2:-1]] if part.startswith("${") else [part])]
 
 
+@pytest.mark.slow
 def test_the_file_is_a_sweep_and_its_draws_are_the_jobs_of_the_same_words(made, tmp_path):
     sweep = made(*SWEPT, "seed=3")
     assert sweep["program"] == "run.py"

@@ -122,6 +122,7 @@ def test_gradients_are_treated_unscaled_under_fused_optimizers(tmp_path):
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_training(words):  # noqa: F811
     words = [*words, "optimizer=sam", "optimizer/base=sgd", "trainer.precision=64-true", "optimizer.rho=0.5"]
     whole, parts = (trainkit.run([*words, f"trainer.accumulate_grad_batches={n}"]).dir for n in (1, 2))
