@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.preemption import Preemption
+from trainkit.data.sync import sync
 from trainkit.launch.checkpoints import kept
-from trainkit.launch.disk import flush, writing
-from trainkit.launch.shares import clear
+from trainkit.launch.disk import writing
+from trainkit.launch.sharded_checkpoint import clear
 from trainkit.task.base import Task, by_rank
 
 
@@ -120,13 +121,13 @@ class LastAndBest(Checkpoint):
             with writing(self.folder / ("last.ckpt" if last else "best.ckpt"), self.folder.parent):
                 trainer.save_checkpoint(fresh)
                 if trainer.is_global_zero:
-                    flush(fresh)
+                    sync(fresh)
                     if best:
                         _copy(fresh, spare)
                         spare.replace(self.folder / "best.ckpt")
                     if last:
                         self._replace_last(fresh, before, newer=self._saved_step != trainer.global_step)
-                    flush(self.folder)
+                    sync(self.folder)
                     clear(self.folder)
         finally:
             if trainer.is_global_zero:
@@ -144,7 +145,7 @@ class LastAndBest(Checkpoint):
             _copy(last, before)
         fresh.replace(last)
         if move:
-            flush(self.folder)  # the order of the renames must be theirs on the disk too
+            sync(self.folder)  # the order of the renames must be theirs on the disk too
             for place, source in reversed(list(zip(older[1:], older, strict=False))):
                 if source.is_file():
                     source.replace(place)
@@ -189,4 +190,4 @@ def _copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        flush(target)
+        sync(target)

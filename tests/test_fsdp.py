@@ -14,10 +14,10 @@ from tests.launch import sharded
 from tests.menu import build, options
 from tests.test_ranks import words  # noqa: F401  # a fixture
 from tests.test_runs import door
-from trainkit.launch import shares
 from trainkit.launch.preflight import UserError, check
 from trainkit.launch.process.engine import check_devices, engine
 from trainkit.launch.process.fsdp import refuse
+from trainkit.launch.sharded_checkpoint import read
 from trainkit.model.parts.recompute import blocks_of, recompute
 
 WHOLE = {"adagrad_norm", "adamp", "asam", "auon", "conda", "dct_adamw", "fira", "galore", "hybrid_auon", "lamb", "lars"}
@@ -86,7 +86,7 @@ def ran(run, *argv) -> dict:
 
 
 def checkpoint(run) -> dict:
-    return shares.read(run / "checkpoints" / "last.ckpt")
+    return read(run / "checkpoints" / "last.ckpt")
 
 
 def logged(run) -> list[dict]:
@@ -125,13 +125,13 @@ def test_a_run_is_that_of_one_process(words, tmp_path, more):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["whole", "shares"])
+@pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_stopped_run_goes_on_bit_for_bit_also_in_one_process(words, tmp_path, form):  # noqa: F811
     base = [*words, *SHORT, *FSDP, "schedule=constant", "norm_layer=batch", "model.dropout=0.1"]
     whole = ran(tmp_path / "whole", *base)
     ran(tmp_path / "half", *base, f"trainer.checkpoint={form}", "trainer.max_steps=3")
-    folder = tmp_path / "half" / "checkpoints" / "shares"
-    assert sorted(path.name for path in folder.rglob("*.ckpt")) == (["0.ckpt", "1.ckpt"] if form == "shares" else [])
+    folder = tmp_path / "half" / "checkpoints" / "shards"
+    assert sorted(path.name for path in folder.rglob("*.ckpt")) == (["0.ckpt", "1.ckpt"] if form == "sharded" else [])
     shutil.copytree(tmp_path / "half", tmp_path / "other")
     on = ["trainer.max_steps=6", *(word for word in words if word.startswith("paths."))]
     done = door(f"resume={tmp_path / 'half'}", *on)
@@ -151,16 +151,16 @@ def test_a_stopped_run_goes_on_bit_for_bit_also_in_one_process(words, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_rank_without_room_for_its_share_ends_the_run_with_what_was_saved_before(words, tmp_path):  # noqa: F811
+def test_a_rank_without_room_for_its_shard_ends_the_run_with_what_was_saved_before(words, tmp_path):  # noqa: F811
     full = ["plugins=[tests]", "+callbacks.full._target_=tests.launch.witness.FullDisk", "+callbacks.full.rank=1"]
-    base = [*words, *SHORT, *FSDP, "trainer.checkpoint=shares", *full, "+callbacks.full.step=6"]
+    base = [*words, *SHORT, *FSDP, "trainer.checkpoint=sharded", *full, "+callbacks.full.step=6"]
     done = door(*base, f"paths.run_dir={tmp_path / 'run'}")
     assert done.returncode == 1
     assert "the disk is full; the run has stopped and its older checkpoints are intact" in done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], "the disk is full" in result["reason"]) == ("failed", True)
     assert checkpoint(tmp_path / "run")["global_step"] == 3
-    (tag,) = (tmp_path / "run" / "checkpoints" / "shares").iterdir()
+    (tag,) = (tmp_path / "run" / "checkpoints" / "shards").iterdir()
     assert tag.name.startswith("00000003_")
     alone = [
         "trainer=cpu",
@@ -276,7 +276,7 @@ def test_options_of_another_engine_are_refused():
         engine("auto", "32-true", static_graph=True)
     with pytest.raises(ValueError, match="reshard_after_forward is an option of trainer"):
         engine("ddp", "32-true", reshard_after_forward=False)
-    with pytest.raises(ValueError, match=r"trainer\.checkpoint is one of whole, shares; got 'one'"):
+    with pytest.raises(ValueError, match=r"trainer\.checkpoint is one of full, sharded; got 'one'"):
         engine("fsdp", "32-true", checkpoint="one")
 
 

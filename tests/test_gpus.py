@@ -21,7 +21,7 @@ TWO = ["trainer.devices=2", "trainer.accelerator=gpu"]
     "way",
     [
         ["trainer=fsdp"],
-        ["trainer=fsdp", "trainer.checkpoint=shares"],
+        ["trainer=fsdp", "trainer.checkpoint=sharded"],
         ["trainer=fsdp", "trainer.reshard_after_forward=false", "trainer.accumulate_grad_batches=2"],
         ["trainer=fsdp", "trainer.activation_checkpointing=true"],
         ["trainer=ddp"],

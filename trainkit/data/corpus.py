@@ -11,7 +11,6 @@ import errno
 import fcntl
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from trainkit.data.documents import PARTS
+from trainkit.data.sync import sync
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # raised when the same sources would give other files
@@ -119,11 +119,3 @@ def locked(folder: Path) -> Iterator[bool]:
         except OSError:
             held = False
         yield held
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

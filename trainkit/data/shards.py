@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from trainkit.data.corpus import UNWRITABLE, key, locked, sync
+from trainkit.data.corpus import UNWRITABLE, key, locked
 from trainkit.data.documents import PARTS, pieces
 from trainkit.data.encoding import Encoder, batches, training
 from trainkit.data.progress import Meter
 from trainkit.data.shard_files import look
 from trainkit.data.shard_index import FORMAT, INDEX
+from trainkit.data.sync import sync
 from trainkit.data.tokenizer import FILE, codec_fingerprint, load_codec, make_codec
 from trainkit.data.tokens import Tokens
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from trainkit.launch.shares import filled
+from trainkit.launch.sharded_checkpoint import filled
 
 
 class InPlace(TorchCheckpointIO):
-    """Writes to the very path that is asked for, through to the disk, and reads checkpoints in shares too.
+    """Writes to the very path that is asked for, through to the disk, and reads sharded checkpoints too.
 
     Lightning's own makes two copies in memory and the file in /tmp, where a killed process leaves it behind.
     """

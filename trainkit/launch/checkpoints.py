@@ -32,15 +32,15 @@ def damage(path: Path) -> str | None:
 
     torch.save writes a zip archive, which holds a CRC-32 of every tensor and of the rest, and torch.load does not look
     at them. So a file carries its checksums itself, whoever copies it, and those that older versions wrote do too.
-    Of a checkpoint in shares all files are looked at.
+    Of a sharded checkpoint all files are looked at.
     """
     wrong = _damage(path)
     if wrong is not None:
         return wrong
-    from trainkit.launch.shares import files  # which needs torch
+    from trainkit.launch.sharded_checkpoint import files  # which needs torch
 
     found = ((file, _damage(file)) for file in files(path))
-    return next((f"its share {file.relative_to(path.parent)} is {why}" for file, why in found if why is not None), None)
+    return next((f"its shard {file.relative_to(path.parent)} is {why}" for file, why in found if why is not None), None)
 
 
 def _damage(path: Path) -> str | None:

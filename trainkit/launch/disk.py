@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +36,3 @@ def writing(path: Path, run: Path) -> Iterator[None]:
             f"cannot write {path}: {REASONS[error.errno]}; the run has stopped and its older checkpoints are intact",
             f"make room there (or move the run's directory to another disk), then go on: python run.py resume={run}",
         ) from error
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

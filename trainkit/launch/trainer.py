@@ -35,7 +35,7 @@ def trainer(
     bucket_cap_mb: float = 25,
     gradient_compression: str = "none",
     reshard_after_forward: bool = True,
-    checkpoint: str = "whole",
+    checkpoint: str = "full",
     activation_checkpointing: bool = False,
     precision: str | None = "auto",
     deterministic: bool = False,

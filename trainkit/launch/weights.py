@@ -13,7 +13,7 @@ from trainkit.launch.explain import UserError
 from trainkit.launch.huggingface import pretrained
 from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
-from trainkit.launch.shares import read, whole
+from trainkit.launch.sharded_checkpoint import read, whole
 from trainkit.surgery import FORMS
 from trainkit.task.base import Task
 

@@ -14,7 +14,7 @@ OF_DDP = {
     "bucket_cap_mb": 25,
     "gradient_compression": "none",
 }
-OF_FSDP = {"reshard_after_forward": True, "checkpoint": "whole"}
+OF_FSDP = {"reshard_after_forward": True, "checkpoint": "full"}
 SHARDED_PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from trainkit.launch import shares
-from trainkit.launch.disk import flush
+from trainkit.launch.sharded_checkpoint import SEAL, ShardedTensor, place, read, whole, write
 from trainkit.measure.shards import is_sharded
 from trainkit.model.parts.recompute import blocks_of
 from trainkit.task.base import Task
 from trainkit.task.continual import ContinualClassification
 
-CHECKPOINTS = ("whole", "shares")
-SEEN = 30.0  # seconds until what another machine has written must be seen
+CHECKPOINTS = ("full", "sharded")
 
 
 class FullySharded(ModelParallelStrategy):
@@ -44,21 +39,22 @@ class FullySharded(ModelParallelStrategy):
     and optimizer state are float32. Gains and biases of blocks are rounded to bfloat16 where they are used, which
     autocast alone would not do.
 
-    checkpoint="whole": that of any other trainer, one file of whole tensors, which rank 0 gathers one by one in its
+    checkpoint="full": that of any other trainer, one file of whole tensors, which rank 0 gathers one by one in its
     memory and writes. The price: the host of rank 0 holds weights and optimizer state once, 12 bytes per parameter
-    under AdamW. checkpoint="shares": every process writes its own rows, at once, and nothing is gathered
-    (trainkit/launch/shares.py); the folder must be one that all machines share. Either is read by every trainer, with
-    any number of processes, and by mode=eval, sample and export. While a run starts each process holds all weights.
+    under AdamW. checkpoint="sharded": every process writes its own rows, at once, and nothing is gathered
+    (trainkit/launch/sharded_checkpoint.py); the folder must be one that all machines share. Either is read by every
+    trainer, with any number of processes, and by mode=eval, sample and export. While a run starts each process holds
+    all weights.
 
     Buffers are whole everywhere; those that a checkpoint holds are rank 0's at every forward, as under DDP. Raises
     ValueError for what cannot be sharded.
     """
 
-    def __init__(self, *, reshard_after_forward: bool = True, checkpoint: str = "whole"):
+    def __init__(self, *, reshard_after_forward: bool = True, checkpoint: str = "full"):
         super().__init__(save_distributed_checkpoint=False)
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f"trainer.checkpoint is one of {', '.join(CHECKPOINTS)}; got {checkpoint!r}")
-        self.reshard_after_forward, self.in_shares = reshard_after_forward, checkpoint == "shares"
+        self.reshard_after_forward, self.sharded_checkpoint = reshard_after_forward, checkpoint == "sharded"
         self._mine: dict[str, Tensor] = {}  # what this process keeps of the checkpoint that is being made
         self._optimizers_kept = 0
 
@@ -120,63 +116,24 @@ class FullySharded(ModelParallelStrategy):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """In shares: those of all processes first. Raises on all of them the OSError that one of them met."""
-        if self.in_shares:
-            tag = self.broadcast(shares.new_tag(checkpoint["global_step"]))
-            files = [shares.file_of(Path(filepath), tag, rank) for rank in range(self.world_size)]
-            try:
-                self._together(lambda: self._write(files[self.global_rank]))
-                self._together(lambda: self._find(files) if self.is_global_zero else None)
-            except OSError:
-                if self.is_global_zero:
-                    shutil.rmtree(files[0].parent, ignore_errors=True)
-                raise
+        if self.sharded_checkpoint:
+            save: Any = self.checkpoint_io.save_checkpoint
+            checkpoint[SEAL] = write(self._mine, Path(filepath), checkpoint["global_step"], save)
             self._mine = {}
-            checkpoint[shares.SEAL] = {"tag": tag, "count": self.world_size}
         super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _write(self, file: Path) -> None:
-        self.checkpoint_io.save_checkpoint(self._mine, file)  # type: ignore[arg-type]
-        for path in (file, file.parent, file.parent.parent):  # a name is only there once its folder is
-            flush(path)
-
-    def _find(self, files: list[Path]) -> None:
-        """Raises OSError where rank 0 does not see what the others wrote; a network's file system may take a while."""
-        deadline = time.monotonic() + SEEN
-        while missing := [file for file in files if not file.is_file()]:
-            if time.monotonic() > deadline:
-                raise FileNotFoundError(
-                    errno.ENOENT,
-                    "trainer.checkpoint=shares needs a folder that all machines share; rank 0 does not see",
-                    str(missing[0]),
-                )
-            time.sleep(0.1)
-
-    def _together(self, act: Callable[[], None]) -> None:
-        """Calls `act` on every process; where it fails on one it has failed on all."""
-        failed: OSError | None = None
-        try:
-            act()
-        except OSError as error:
-            failed = error
-        mine = None if failed is None else (failed.errno, failed.strerror, failed.filename)
-        everyone: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(everyone, mine)
-        if first := next(filter(None, everyone), None):
-            raise failed or OSError(*first)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Mapped, not read: the processes of a machine share what they look at, and keep only their shares of it."""
-        return shares.read(Path(checkpoint_path), lazily=True)
+        return read(Path(checkpoint_path), lazily=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         state, own = dict(checkpoint["state_dict"]), self.lightning_module.state_dict()
         for name, value in state.items():
-            if isinstance(value, shares.Pieces) and name in own and own[name].shape == value.shape:
+            if isinstance(value, ShardedTensor) and name in own and own[name].shape == value.shape:
                 value.copy_to(own[name])
                 state[name] = own[name]
-        self.lightning_module.load_state_dict(shares.whole(state), strict=strict)
+        self.lightning_module.load_state_dict(whole(state), strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Every process takes its share of the tensors, which all of them can read."""
@@ -194,11 +151,11 @@ class FullySharded(ModelParallelStrategy):
 
     def _kept(self, name: str, value: DTensor) -> Any:
         """What a checkpoint holds of a sharded tensor; all processes must ask alike."""
-        if self.in_shares:
+        if self.sharded_checkpoint:
             self._mine[name] = value.to_local().detach().cpu()
-            return shares.place(name, value.shape)
-        whole = value.full_tensor().detach()
-        return whole.cpu() if self.is_global_zero else None
+            return place(name, value.shape)
+        full = value.full_tensor().detach()
+        return full.cpu() if self.is_global_zero else None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool = True) -> None:
@@ -238,10 +195,10 @@ def refuse(task: Task) -> None:
 
 def share_of(value: Any, parameter: nn.Parameter) -> Any:
     """This process's share of a state shaped like its sharded parameter; anything else as it is."""
-    if not isinstance(value, Tensor | shares.Pieces):
+    if not isinstance(value, Tensor | ShardedTensor):
         return value
     if not (isinstance(parameter, DTensor) and is_sharded(parameter) and value.shape == parameter.shape):
-        return shares.whole(value)
+        return whole(value)
     if isinstance(value, Tensor):
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
