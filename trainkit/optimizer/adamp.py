@@ -51,26 +51,40 @@ class AdamP(MultiTensorOptimizer):
         now = numbers(betas, bucket.step, lr=lr)
         fixed = {"beta1": betas[0], "beta2": betas[1], "eps": group["eps"]}
         fixed |= {"nesterov": group["nesterov"], "compile": group["compile"]}
+
+        def adamw(part: Bucket) -> None:
+            run(advance, part.params, *moments(part), now={**now, "scale": 1 - lr * decay}, **fixed)
+
         matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
-        for part in matrices.windows():
-            moments = part.gradients, part.state("exp_avg"), part.state("exp_avg_sq")
+        for window in matrices.windows():
+            seen = radial.views(window, delta=group["delta"], eps=group["eps"], compile=group["compile"])
+            projected, plain = radial.divide(seen)
+            adamw(window.pick(plain))
+            if not projected:
+                continue
+            part = window.pick(projected)
             u = self.temporary(part.params)
-            found = run(look, u, part.params, *moments, now=now, rows=True, **fixed)
-            q, rho = radial.decide(part.params, found, delta=group["delta"], eps=group["eps"], ratio=group["wd_ratio"])
+            found = run(look, u, part.params, *moments(part), now=now, rows=True, **fixed)
+            seen = [seen[i] for i in projected]
+            q, rho = radial.projections(seen, found, eps=group["eps"], ratio=group["wd_ratio"])
             kept = torch._foreach_add(q, torch._foreach_mul(rho, lr * decay)) if decay else q
             run(shorten, part.params, u, kept, rows=True, compile=group["compile"])
-        moments = others.gradients, others.state("exp_avg"), others.state("exp_avg_sq")
-        run(advance, others.params, *moments, now={**now, "scale": 1 - lr * decay}, **fixed)
+        adamw(others)
+
+
+def moments(part: Bucket) -> tuple[Tensors, Tensors, Tensors]:
+    """Gradients, first and second moments."""
+    return part.gradients, part.state("exp_avg"), part.state("exp_avg_sq")
 
 
 def look(u: Tensors, w: Tensors, *moments: Tensors, **numbers: Any) -> list[Tensor]:
-    """u <- Adam's step, as it is added; returns what the projection depends on."""
+    """u <- Adam's step, as it is added; returns ⟨W_i, u_i⟩."""
     if torch.compiler.is_compiling():  # which does not fuse _foreach_zero_
         torch._foreach_copy_(u, [torch.zeros_like(t) for t in u])
     else:
         torch._foreach_zero_(u)
     advance(u, *moments, **numbers)
-    return [radial.traces(*tensors) for tensors in zip(w, moments[0], u, strict=True)]
+    return radial.dots(w, u)
 
 
 def shorten(w: Tensors, u: Tensors, share: Tensors) -> None:

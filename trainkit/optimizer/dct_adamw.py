@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainkit.optimizer.adam import direction, torch_form
 from trainkit.optimizer.dct import BASES, basis, check_ranking, rotated, select, vectors
-from trainkit.optimizer.matrices import MatrixOptimizer, Stack, rank_of, sides, zeros
+from trainkit.optimizer.matrices import MatrixOptimizer, Stack, product, rank_of, sides, zeros
 
 LEVELS = 255
 
@@ -97,7 +97,7 @@ class DCTAdamW(MatrixOptimizer):
             b = vectors(rows, chosen)
         else:
             b = vectors(rows, indices)
-            a = torch.bmm(full, b.mT)
+            a = product(full, b.mT)
         if group["use_ef"]:
             keep_error(s, full.baddbmm_(a, b, alpha=-1))
         return a, b

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainkit.optimizer.moments import advance, numbers
 from trainkit.optimizer.multi_tensor import Bucket, MultiTensorOptimizer, Tensors, add, run, zeros_like
-from trainkit.optimizer.norms import lengths, norm_of_all, norms_of_pieces, ratios
+from trainkit.optimizer.norms import norm_of_all, norms_of_pieces, ratios, squares
 
 
 class LAMB(MultiTensorOptimizer):
@@ -64,13 +64,26 @@ class LAMB(MultiTensorOptimizer):
         return {"exp_avg": zeros_like(p), "exp_avg_sq": zeros_like(p)}
 
     def update_all(self, found: list[tuple[Bucket, dict[str, Any]]]) -> None:
-        clipped = any(group["max_grad_norm"] is not None for _, group in found)
-        norm = norm_of_all([g for bucket, _ in found for g in bucket.gradients]) if clipped else None
+        limits = [group["max_grad_norm"] for _, group in found if group["max_grad_norm"] is not None]
+        norm = norm_of_all([g for bucket, _ in found for g in bucket.gradients]) if limits else None
         for bucket, group in found:
+            settings = self.settings(bucket, group, norm)
             for part in bucket.windows():
-                self.move(part, group, norm)
+                self.move(part, group, settings)
 
-    def move(self, part: Bucket, group: dict[str, Any], norm: Tensor | None) -> None:
+    def settings(self, bucket: Bucket, group: dict[str, Any], norm: Tensor | None) -> dict[str, Any]:
+        """What the moments of a bucket are moved with; norm: that of all gradients."""
+        beta1, beta2 = group["betas"]
+        age = bucket.step if group["bias_correction"] else math.inf
+        now: dict[str, float | Tensor] = {**numbers(group["betas"], age, lr=1.0)}
+        if norm is not None and group["max_grad_norm"] is not None:
+            clip = (group["max_grad_norm"] / norm).clamp(max=1.0).to(bucket.params[0].device)
+            if not clip.is_cpu or clip < 1:  # where nothing waits for the answer, gradients that are short enough stay
+                now["clip"] = clip
+        gain = {} if group["grad_averaging"] else {"gain": 1 / (1 - beta1)}
+        return {"now": now, "beta1": beta1, "beta2": beta2, "eps": group["eps"], **gain}
+
+    def move(self, part: Bucket, group: dict[str, Any], settings: dict[str, Any]) -> None:
         w, g, lr, decay = part.params, part.gradients, group["lr"], group["weight_decay"]
         moments = g, part.state("exp_avg"), part.state("exp_avg_sq")
         u = self.temporary(w)
@@ -81,24 +94,17 @@ class LAMB(MultiTensorOptimizer):
         shrink = lr_of_decay * decay if group["decoupled_decay"] else 0.0
         coupled = 0.0 if group["decoupled_decay"] else decay
 
-        (beta1, beta2), age = group["betas"], part.step if group["bias_correction"] else math.inf
-        now: dict[str, float | Tensor] = {**numbers(group["betas"], age, lr=1.0)}
-        if norm is not None and group["max_grad_norm"] is not None:
-            now["clip"] = (group["max_grad_norm"] / norm).clamp(max=1.0).to(w[0].device)
-        fixed = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], **fast}
-        if not group["grad_averaging"]:
-            fixed["gain"] = 1 / (1 - beta1)
         if group["caution"]:
-            run(direct, u, w, *moments, now=now, decay=0.0, **fixed)
+            run(direct, u, w, *moments, decay=0.0, **settings, **fast)
             kept = run(agree, u, g, **fast)
             share = [torch.stack(pieces).sum() / max(p.numel(), 1) for p, pieces in zip(w, kept, strict=True)]
-            norms = run(combine, u, w, each={"share": share}, decay=coupled, **fast)
+            squared = run(combine, u, w, each={"share": share}, decay=coupled, **fast)
         else:
-            norms = run(direct, u, w, *moments, now=now, decay=coupled, **fixed)
+            squared = run(direct, u, w, *moments, decay=coupled, **settings, **fast)
 
         if decay or group["always_adapt"]:
-            of_w, of_u = (norms_of_pieces([[n[i] for n in pieces] for pieces in norms]) for i in range(2))
-            rate = ratios(of_w * abs(1 - shrink), of_u)
+            of_w, of_u = norms_of_pieces(squared)
+            rate = ratios(of_w * abs(1 - shrink) if shrink else of_w, of_u)
             rate = lr * (rate.clamp(max=1.0) if group["trust_clip"] else rate)
         else:
             rate = u[0].new_full((len(w),), lr)
@@ -114,10 +120,10 @@ def direct(
     clip: Tensor | None = None,
     **numbers: Any,
 ) -> list[tuple[Tensor, Tensor]]:
-    """u <- -m̂ / (√v̂ + ε) - λ W; returns ‖W‖ and ‖u‖."""
+    """u <- -m̂ / (√v̂ + ε) - λ W; returns (‖W‖², ‖u‖²)."""
     torch._foreach_copy_(u, w)
     advance(u, g if clip is None else torch._foreach_mul(g, clip), *moments, scale=-decay, **numbers)
-    return list(zip(lengths(w), lengths(u), strict=True))
+    return list(zip(squares(w), squares(u), strict=True))
 
 
 def agree(u: Tensors, g: Tensors) -> list[Tensor]:
@@ -128,11 +134,11 @@ def agree(u: Tensors, g: Tensors) -> list[Tensor]:
 
 
 def combine(u: Tensors, w: Tensors, *, share: Tensors, decay: float) -> list[tuple[Tensor, Tensor]]:
-    """u <- u / share - λ W; returns ‖W‖ and ‖u‖."""
+    """u <- u / share - λ W; returns (‖W‖², ‖u‖²)."""
     torch._foreach_div_(u, [s.clamp(min=1e-3) for s in share])
     if decay:
         torch._foreach_add_(u, w, alpha=-decay)
-    return list(zip(lengths(w), lengths(u), strict=True))
+    return list(zip(squares(w), squares(u), strict=True))
 
 
 def step(w: Tensors, u: Tensors, *, rate: Tensors, shrink: float, decays: bool) -> None:

@@ -65,9 +65,15 @@ class Stack:
             if rows is not None:
                 w.addcmul_(self.gradient[0], rows[0], value=alpha)
         else:
-            u = torch.bmm(x, y) if rows is None else torch.baddbmm(self.gradient * rows, x, y)
+            u = product(x, y) if rows is None else torch.baddbmm(self.gradient * rows, x, y)
             u = u.mT if self.flip else u
             run(blend, self.params, [t.reshape(p.shape) for t in u.unbind()], alpha=alpha, beta=beta)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The products of two stacks: (k, m, r), (k, r, n) -> (k, m, n). A stack of one is multiplied as a matrix, which a
+    CPU does faster."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
 def blend(w: list[Tensor], u: list[Tensor], *, alpha: float, beta: float) -> None:

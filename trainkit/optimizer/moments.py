@@ -40,14 +40,17 @@ def advance(
     scale: float | Tensor = 1.0,
     gain: float = 1.0,
     nesterov: bool = False,
+    divisor: Tensors | None = None,
 ) -> None:
     """m <- β1 m + (1 - β1) gain g, v <- β2 v + (1 - β2) g², then u <- scale · u - rate · n / (√v / root + eps).
 
-    n = m, or with nesterov β1 m + (1 - β1) g. rate, root and scale may be numbers of `now`. One pass of torch's fused
-    kernel where that can do it. The kernel is told that the moments are old (β^∞ = 0), as the corrections are in rate
-    and root; it walks the memory of all four lists as it lies, and multiplies u by 1 - lr · weight_decay.
+    n = m, or with nesterov β1 m + (1 - β1) g; a divisor divides n too, in one division. rate, root and scale may be
+    numbers of `now`. One pass of torch's fused kernel where that can do it. The kernel is told that the moments are old
+    (β^∞ = 0), as the corrections are in rate and root; it walks the memory of all four lists as it lies, and multiplies
+    u by 1 - lr · weight_decay.
     """
-    if torch.compiler.is_compiling() or nesterov or gain != 1 or not all(t.is_contiguous() for t in (*u, *g, *m, *v)):
+    plain = not nesterov and gain == 1 and divisor is None and not torch.compiler.is_compiling()
+    if not (plain and all(t.is_contiguous() for t in (*u, *g, *m, *v))):
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, g, alpha=(1 - beta1) * gain)
         torch._foreach_mul_(v, beta2)
@@ -55,6 +58,8 @@ def advance(
         length = torch._foreach_sqrt(v)
         torch._foreach_div_(length, root)
         torch._foreach_add_(length, eps)
+        if divisor is not None:
+            torch._foreach_mul_(length, divisor)
         n = torch._foreach_lerp(m, g, 1 - beta1) if nesterov else m
         torch._foreach_mul_(u, scale)
         add(u, torch._foreach_div(n, length), -rate)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from trainkit.measure.shards import is_sharded, local
 
-BLOCK = 1 << 18  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
+BLOCK = 1 << 19  # elements: small enough that a few such tensors stay in cache, large enough to be worth a call
 COMPILED_BLOCK = 1 << 20  # what a compiled rule reads it reads once; but it may keep temporaries as large as a block
 COMPILED_LEAST = 1 << 13  # below that, calling a graph takes longer than what it saves
 WINDOW = 1 << 22  # elements: bounds what a method keeps from its first pass over the parameters for its second one
@@ -288,13 +288,8 @@ def blocks(
 
     Not compiled is what torch would make many graphs of (other strides; sizes of one or none) or what is too small.
     """
-    laid = [lay(tensors, rows=rows) for tensors in zip(*lists, strict=True)]
+    laid: list[Sequence[Tensor]] = []
     copies: list[tuple[Tensor, Tensor]] = []  # memory that cannot be seen as a matrix, and what stands for it
-    if rows:
-        matrices = [[as_rows(t) for t in tensors] for tensors in laid]
-        pairs = [pair for old, new in zip(laid, matrices, strict=True) for pair in zip(old, new, strict=True)]
-        copies = [(t, matrix) for t, matrix in pairs if t.data_ptr() != matrix.data_ptr()]
-        laid = matrices
     on_cpu = lists[0][0].device.type == "cpu"
     shared: dict[bool, list[int]] = {True: [], False: []}  # parameters that share a block, by whether it is compiled
     held = 0
@@ -302,8 +297,17 @@ def blocks(
     def together(indices: list[int]) -> list[list[Tensor]]:
         return [[laid[i][k] for i in indices] for k in range(len(lists))]
 
-    for i, tensors in enumerate(laid):
-        size, lies = tensors[0].numel(), all(t.is_contiguous() for t in tensors)
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        tensors, lies = lay(tensors, rows=rows)
+        if rows:
+            matrices = [as_rows(t) for t in tensors]
+            if not lies:
+                pairs = zip(tensors, matrices, strict=True)
+                copies += [(t, matrix) for t, matrix in pairs if t.data_ptr() != matrix.data_ptr()]
+                lies = contiguous(matrices)
+            tensors = matrices
+        laid.append(tensors)
+        size = tensors[0].numel()
         fits = compile and lies and all(n > 1 for n in tensors[0].shape) and not (on_cpu and size < COMPILED_LEAST)
         most = COMPILED_BLOCK if fits else BLOCK
         if fits:  # of an nn.Parameter, torch would make a graph for its size alone
@@ -329,14 +333,22 @@ def blocks(
         t.copy_(matrix.view(t.shape))
 
 
-def lay(tensors: Sequence[Tensor], *, rows: bool) -> list[Tensor]:
-    """Parallel tensors with their axes as the first one has them in memory; with rows=True the first axis stays."""
+def lay(tensors: Sequence[Tensor], *, rows: bool) -> tuple[Sequence[Tensor], bool]:
+    """Parallel tensors with their axes as the first one has them in memory; with rows=True the first axis stays.
+
+    And whether all of them are then contiguous.
+    """
     whole = [local(t) for t in tensors]
+    if contiguous(whole):
+        return whole, True
     p = whole[0]
-    if all(t.is_contiguous() for t in whole):
-        return whole
     axes = [*range(p.ndim)[:rows], *sorted(range(p.ndim)[rows:], key=p.stride, reverse=True)]
-    return [t.permute(axes) if t.shape == p.shape else t for t in whole]
+    laid = [t.permute(axes) if t.shape == p.shape else t for t in whole]
+    return laid, contiguous(laid)
+
+
+def contiguous(tensors: Sequence[Tensor]) -> bool:
+    return all(t.is_contiguous() for t in tensors)
 
 
 def as_rows(t: Tensor) -> Tensor:

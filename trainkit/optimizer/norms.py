@@ -16,13 +16,14 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([local(t) for t in tensors], 2, dtype=wide(tensors[0].dtype)))
 
 
-def lengths(tensors: Tensors) -> Sequence[Tensor]:
-    """‖t‖ of each tensor, in a rule."""
+def squares(tensors: Tensors) -> Sequence[Tensor]:
+    """‖t‖² of each tensor, in a rule."""
     if torch.compiler.is_compiling():  # which does not fuse _foreach_norm
-        return [torch.linalg.vector_norm(t) for t in tensors]
+        return [(t * t).sum() for t in tensors]
     if tensors[0].is_cpu and all(t.is_contiguous() for t in tensors):
-        return [torch.dot(t.view(-1), t.view(-1)).sqrt() for t in tensors]  # faster than norm, and of blocks as exact
-    return torch._foreach_norm(tensors)
+        flat = [t if t.ndim == 1 else t.view(-1) for t in tensors]
+        return [torch.dot(t, t) for t in flat]  # faster than norm, and of blocks as exact
+    return torch._foreach_pow(torch._foreach_norm(tensors), 2)
 
 
 def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
@@ -34,13 +35,14 @@ def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts)) if len(parts) > 1 else parts[0]
 
 
-def norms_of_pieces(pieces: Sequence[Sequence[Tensor]]) -> Tensor:
-    """‖t‖ of each tensor from those of its pieces: (len(pieces),)."""
-    flat = torch.stack([norm for norms in pieces for norm in norms])
-    if len(flat) == len(pieces):
-        return flat
-    owners = torch.tensor([i for i, norms in enumerate(pieces) for _ in norms], device=flat.device)
-    return flat.new_zeros(len(pieces)).index_add_(0, owners, flat.square()).sqrt()
+def norms_of_pieces(pieces: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
+    """The norms of whole tensors from the squares of those of their pieces, several kinds at once: (kinds, tensors)."""
+    kinds = len(pieces[0][0])
+    flat = torch.stack([square for squares in pieces for kind in squares for square in kind]).view(-1, kinds)
+    if len(flat) > len(pieces):
+        owners = torch.tensor([i for i, squares in enumerate(pieces) for _ in squares], device=flat.device)
+        flat = flat.new_zeros(len(pieces), kinds).index_add_(0, owners, flat)
+    return flat.sqrt().T
 
 
 def ratios(a: Tensor, b: Tensor) -> Tensor:

@@ -9,49 +9,93 @@ and SGDP recognize such weights by the angle between W and g, and take the radia
 
 Ŵ_i = W_i / (‖W_i‖ + ε), d the length of W_i. The rows W_i are first the rows of the weight (the filters of a
 convolution); if one of them is too little orthogonal, the whole weight is taken for one row; if that is as well, u
-stays as it is. Everything is decided on the device, by masks.
+stays as it is. Everything is decided on the device, by masks. A CPU has nothing to wait for: there the weights whose u
+stays as it is are told from the others at once, and stepped without u being kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def traces(w: Tensor, g: Tensor, u: Tensor) -> Tensor:
-    """What `decide` needs to know of matrices W, g, u: (rows, d), or of some of their rows: (4, rows)."""
-    length = torch.linalg.vector_norm
-    return torch.stack([length(w, dim=-1), length(g, dim=-1), torch.linalg.vecdot(w, g), torch.linalg.vecdot(w, u)])
+from trainkit.optimizer.multi_tensor import Bucket, Tensors, run
+from trainkit.optimizer.orthogonal import by_shape
 
 
-def decide(
-    params: Sequence[Tensor], found: Sequence[Sequence[Tensor]], *, delta: float, eps: float, ratio: float
+@dataclass
+class View:
+    """A weight and its gradient, seen as rows and as a whole.
+
+    lengths: ‖W_i‖, (rows, 1); by_row, whole: whether they are orthogonal in all rows, and as one row, (1, 1).
+    """
+
+    lengths: Tensor
+    by_row: Tensor
+    whole: Tensor
+
+
+def views(bucket: Bucket, *, delta: float, eps: float, compile: bool = False) -> list[View]:
+    """Of each weight of a bucket. Weights of one shape are looked at together."""
+    found = run(traces, bucket.params, bucket.gradients, rows=True, compile=compile)
+    seen: dict[int, View] = {}
+    for at in by_shape(bucket.params):
+        w, g, wg = torch.stack([torch.cat(found[i], dim=1) for i in at], dim=1)[..., None]  # (at, rows, 1)
+        rows, d = w.shape[1], bucket.params[at[0]].shape[1:].numel()
+        by_row = cosines(w, g, wg, eps).amax(1, keepdim=True) < delta / math.sqrt(d)
+        w1, g1, wg1 = length(w), length(g), wg.sum(1, keepdim=True)
+        whole = cosines(w1, g1, wg1, eps) < delta / math.sqrt(rows * d)
+        seen.update((i, View(*view)) for i, *view in zip(at, w, by_row, whole, strict=True))
+    return [seen[i] for i in range(len(found))]
+
+
+def divide(seen: Sequence[View]) -> tuple[list[int], list[int]]:
+    """The weights whose updates may lose a radial part, all of them on an accelerator, and those whose do not."""
+    fires = [True] * len(seen)
+    if seen[0].whole.is_cpu:
+        fires = torch.cat([view.by_row | view.whole for view in seen]).flatten().tolist()
+    return [i for i, one in enumerate(fires) if one], [i for i, one in enumerate(fires) if not one]
+
+
+def projections(
+    seen: Sequence[View], found: Sequence[Sequence[Tensor]], *, eps: float, ratio: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each weight, of which `found` holds the traces of its pieces, the projection and the factor of the decay.
+    """For each weight, of which `found` holds ⟨W_i, u_i⟩ piece by piece, the projection and the factor of the decay.
 
     The projection q: (rows, 1) is such that u - q W is the projected update, 0 where no view fires. The factor ρ:
-    (1, 1) is `ratio` where one does, else 1. Weights of one shape are decided together.
+    (1, 1) is `ratio` where one does, else 1. Weights with equally many rows are worked on together.
     """
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for i, p in enumerate(params):
-        shapes.setdefault((p.shape[0], p.shape[1:].numel()), []).append(i)
-    q, rho = list(params), list(params)
-    for (rows, d), at in shapes.items():
-        w, g, wg, wu = torch.stack([torch.cat(list(found[i]), dim=1) for i in at], dim=1)[..., None]  # (at, rows, 1)
-        channel, of_rows = view(w, g, wg, wu, delta / math.sqrt(d), eps)
-        w, g = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (w, g))
-        layer, of_all = view(w, g, wg.sum(1, keepdim=True), wu.sum(1, keepdim=True), delta / math.sqrt(rows * d), eps)
-        projections = torch.where(channel, of_rows, torch.where(layer, of_all, 0.0))
-        factors = (channel | layer).to(w.dtype) * (ratio - 1) + 1
-        for i, projection, factor in zip(at, projections.unbind(), factors.unbind(), strict=True):
-            q[i], rho[i] = projection, factor
-    return q, rho
+    q: dict[int, Tensor] = {}
+    rho: dict[int, Tensor] = {}
+    for at in by_shape([view.lengths for view in seen]):
+        lengths, by_row, whole = (torch.stack([getattr(seen[i], name) for i in at]) for name in View.__annotations__)
+        wu = torch.stack([torch.cat(list(found[i])) for i in at])[..., None]  # (at, rows, 1)
+        of_rows = wu / (lengths + eps).square()
+        of_all = wu.sum(1, keepdim=True) / (length(lengths) + eps).square()
+        projection = torch.where(by_row, of_rows, torch.where(whole, of_all, 0.0))
+        q.update(zip(at, projection, strict=True))
+        rho.update(zip(at, (by_row | whole).to(wu.dtype) * (ratio - 1) + 1, strict=True))
+    return [q[i] for i in range(len(seen))], [rho[i] for i in range(len(seen))]
 
 
-def view(w: Tensor, g: Tensor, wg: Tensor, wu: Tensor, limit: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Whether each weight is orthogonal to its gradient in all rows: (weights, 1, 1), and what that would take out."""
-    cosines = wg.abs() / (w.clamp(min=eps) * g.clamp(min=eps))
-    return cosines.amax(1, keepdim=True) < limit, wu / (w + eps).square()
+def traces(w: Tensors, g: Tensors) -> list[Tensor]:
+    """‖W_i‖, ‖g_i‖ and ⟨W_i, g_i⟩ of matrices (rows, d), or of some of their rows: (3, rows) each."""
+    norm, dot = torch.linalg.vector_norm, torch.linalg.vecdot
+    return [torch.stack([norm(a, dim=-1), norm(b, dim=-1), dot(a, b)]) for a, b in zip(w, g, strict=True)]
+
+
+def dots(w: Tensors, u: Tensors) -> list[Tensor]:
+    """⟨W_i, u_i⟩: (rows,) each."""
+    return [torch.linalg.vecdot(a, b) for a, b in zip(w, u, strict=True)]
+
+
+def cosines(w: Tensor, g: Tensor, wg: Tensor, eps: float) -> Tensor:
+    return wg.abs() / (w.clamp(min=eps) * g.clamp(min=eps))
+
+
+def length(w: Tensor) -> Tensor:
+    """The length of the whole from those of the rows."""
+    return torch.linalg.vector_norm(w, dim=1, keepdim=True)

@@ -51,16 +51,27 @@ class SGDP(MultiTensorOptimizer):
         shrink = lr * group["weight_decay"] / (1 - momentum)
         fixed = {"momentum": momentum, "nesterov": group["nesterov"], "compile": group["compile"]}
         gain = 1 - group["dampening"]
+
+        def unprojected(part: Bucket) -> None:
+            w, g, b = part.params, part.gradients, part.state("momentum_buffer")
+            run(sgd, w, g, b, now={"lr": lr, "shrink": shrink}, gain=gain, **fixed)
+
         matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
-        for part in matrices.windows():
+        for window in matrices.windows():
+            seen = radial.views(window, delta=group["delta"], eps=group["eps"], compile=group["compile"])
+            projected, plain = radial.divide(seen)
+            unprojected(window.pick(plain))
+            if not projected:
+                continue
+            part = window.pick(projected)
             w, g, b = part.params, part.gradients, part.state("momentum_buffer")
             found = run(look, b, w, g, rows=True, gain=gain, **fixed)
-            q, rho = radial.decide(w, found, delta=group["delta"], eps=group["eps"], ratio=group["wd_ratio"])
+            seen = [seen[i] for i in projected]
+            q, rho = radial.projections(seen, found, eps=group["eps"], ratio=group["wd_ratio"])
             onto = torch._foreach_mul(q, -lr if group["nesterov"] else 0.0)
             share = torch._foreach_add(onto, torch._foreach_mul(rho, shrink))
             run(step, w, g, b, q, share, now={"lr": lr}, rows=True, **fixed)
-        w, g, b = others.params, others.gradients, others.state("momentum_buffer")
-        run(sgd, w, g, b, now={"lr": lr, "shrink": shrink}, gain=gain, **fixed)
+        unprojected(others)
 
 
 def remember(b: Tensors, g: Tensors, momentum: float, gain: float) -> None:
@@ -69,12 +80,11 @@ def remember(b: Tensors, g: Tensors, momentum: float, gain: float) -> None:
 
 
 def look(b: Tensors, w: Tensors, g: Tensors, *, momentum: float, gain: float, nesterov: bool) -> list[Tensor]:
-    """The momentum of this step; returns what the projection depends on."""
+    """The momentum of this step; returns ⟨W_i, b_i⟩, with nesterov ⟨W_i, g_i + μ b_i⟩."""
     remember(b, g, momentum, gain)
-    found = [radial.traces(*tensors) for tensors in zip(w, g, b, strict=True)]
-    if nesterov:  # ⟨W, g + μ b⟩, without making g + μ b
-        for _, _, wg, wb in found:
-            wb.mul_(momentum).add_(wg)
+    found = radial.dots(w, b)
+    if nesterov:  # without making g + μ b
+        found = [wb * momentum + wg for wb, wg in zip(found, radial.dots(w, g), strict=True)]
     return found
 
 
@@ -109,8 +119,13 @@ def sgd(
     gain: float,
     nesterov: bool,
 ) -> None:
-    remember(b, g, momentum, gain)
     add(w, w, -shrink)
+    if momentum and not torch.compiler.is_compiling() and all(t.is_contiguous() for t in (*w, *g, *b)):
+        # The kernel walks the memory of all three lists as it lies.
+        options = {"momentum": momentum, "dampening": 1 - gain, "nesterov": nesterov, "lr": lr, "weight_decay": 0.0}
+        torch._fused_sgd_(w, g, b, **options, maximize=False, is_first_step=False)
+        return
+    remember(b, g, momentum, gain)
     add(w, b, -lr * momentum if nesterov else -lr)
     if nesterov:
         add(w, g, -lr)

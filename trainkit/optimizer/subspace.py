@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.optimizer.matrices import MatrixOptimizer, Stack, sides, zeros
+from trainkit.optimizer.matrices import MatrixOptimizer, Stack, product, sides, zeros
 
 TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -58,11 +58,11 @@ def refresh(s: Stack, g: Tensor) -> None:
 
 def project(s: Stack, g: Tensor) -> Tensor:
     """G Pᵀ: (k, m, n) -> (k, m, r); with both sides projected (k, r, r)."""
-    a = torch.bmm(g, s.state("projector").mT)
-    return torch.bmm(s.state("projector_left"), a) if "projector_left" in s.states[0] else a
+    a = product(g, s.state("projector").mT)
+    return product(s.state("projector_left"), a) if "projector_left" in s.states[0] else a
 
 
 def back(s: Stack, a: Tensor) -> tuple[Tensor, Tensor]:
     """Two factors whose product is a in the original space: (k, m, r) and (k, r, n)."""
-    x = torch.bmm(s.state("projector_left").mT, a) if "projector_left" in s.states[0] else a
+    x = product(s.state("projector_left").mT, a) if "projector_left" in s.states[0] else a
     return x, s.state("projector")
