@@ -151,11 +151,17 @@ def find(algorithm: str) -> Entry | None:
 
 
 def plugin(group: str, name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings in conf/<group>/<name>.yaml with `overrides`, each of which must be a key of that file."""
+    """The settings in conf/<group>/<name>.yaml with `overrides`, each of which must be a key there.
+
+    Groups within the group are filled in with what the file chooses from them (optimizer/rest).
+    """
     path = CONF / group / f"{name}.yaml"
     settings = OmegaConf.load(path)
     if "# @package _global_" in path.read_text():
         settings = settings[group]
+    for entry in settings.pop("defaults", ()):
+        chosen = {inner: option for inner, option in entry.items() if option} if entry != "_self_" else {}
+        settings.update({inner: plugin(f"{group}/{inner}", option) for inner, option in chosen.items()})
     for key in overrides or {}:
         assert key in settings, f"{path.relative_to(CONF.parent)} has no key {key}"
     merged = OmegaConf.merge(settings, dict(overrides or {}))

@@ -102,9 +102,10 @@ def test_large_parameters_are_decided_whole(monkeypatch):
     test_each_view_fires_where_the_gradient_is_orthogonal(False)
 
 
-def test_compiled_it_is_the_same():
-    shapes = [(100, 90), (100, 90), (7,)]
-    settings = {"lr": 0.01, "weight_decay": 0.1, "delta": 1.0}
+@pytest.mark.parametrize("delta", [1.0, 1e9])
+def test_compiled_it_is_the_same(delta):
+    """Some projected as a whole and some not, in several steps; or all row by row."""
+    shapes, settings = [(100, 100), (7,)], {"lr": 0.01, "weight_decay": 0.1, "delta": delta}
     toy.same(lambda ps: AdamP(ps, **settings, compile=True), lambda ps: AdamP(ps, **settings), shapes=shapes)
 
 

@@ -1,13 +1,14 @@
 """diffGrad, against its equations written for one parameter."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from tests.optimizer import toy
-from trainkit.optimizer.diffgrad import DiffGrad
+from trainkit.optimizer.diffgrad import DiffGrad, exp2
 
 
 def equations(lr, betas, eps, decay):
@@ -72,10 +73,20 @@ def test_the_gradients_memory_is_not_kept():
     assert torch.equal(optimizer.state[p]["previous_grad"], torch.ones(5))
 
 
-def test_compiled_it_is_the_same():
-    shapes = [(100, 90), (7,), (130, 70)]
-    settings = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
-    toy.same(lambda ps: DiffGrad(ps, **settings, compile=True), lambda ps: DiffGrad(ps, **settings), shapes=shapes)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_it_is_the_same(dtype):
+    shapes, settings = [(100, 90), (7,), (130, 70)], {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+    compiled = partial(DiffGrad, **settings, compile=True)
+    toy.same(compiled, partial(DiffGrad, **settings), shapes=shapes, dtype=dtype, **close)
+
+
+def test_powers_of_two_of_our_own():
+    x = torch.linspace(-126, 0, 100_001)
+    torch.testing.assert_close(exp2(x).double(), x.double().exp2(), rtol=3e-7, atol=0.0)
+    tiny, nothing = exp2(torch.tensor([-127.0, -math.inf])), exp2(torch.tensor([math.nan]))
+    assert (tiny == 2.0**-126).all()
+    assert nothing.isnan().all()
 
 
 def test_it_resumes():

@@ -129,6 +129,32 @@ def test_compiled_it_is_the_same(changed):
     toy.same(lambda ps: LAMB(ps, **settings, compile=True), lambda ps: LAMB(ps, **settings), shapes=shapes)
 
 
+@pytest.mark.parametrize("scales", [(1e-6, 1, 1), (1, 1e-6, 1)])
+def test_compiled_it_clips_when_gradients_are_long_and_only_then(scales):
+    """With a second group that is never clipped."""
+
+    def moments(compile):
+        params = toy.parameters([(100, 90), (100, 90)])
+        groups = [{"params": [params[0]]}, {"params": [params[1]], "max_grad_norm": None}]
+        optimizer = LAMB(groups, lr=0.01, compile=compile)
+        for t, scale in enumerate(scales):
+            for p, g in zip(params, toy.gradients(params, t), strict=True):
+                p.grad = g * scale
+            optimizer.step()
+        return [optimizer.state[p]["exp_avg"] for p in params]
+
+    torch.testing.assert_close(moments(True), moments(False), rtol=1e-11, atol=0.0)
+
+
+def test_a_gradient_that_is_no_number_is_no_clipping_of_1():
+    p, q = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    optimizer = LAMB([p, q], lr=0.01)
+    p.grad, q.grad = torch.full_like(p, 5.0), torch.ones_like(q)
+    q.grad[0, 0] = math.nan
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].isnan().all()  # as the equation has it, the norm being one of all gradients
+
+
 def test_zero_weights_and_gradients_give_ratio_one():
     p, q = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.ones(4, 3))
     optimizer = LAMB([p, q], lr=0.01, weight_decay=0.1, max_grad_norm=None)

@@ -5,11 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from tests.menu import build
-from trainkit.optimizer.partition import Partition, by_role, roles
+from tests.menu import build, options
+from trainkit.launch.compose import compose
+from trainkit.launch.sources import CONF
+from trainkit.optimizer.partition import WORDS, Partition, by_role, roles, split
 
 
 def network() -> nn.Module:
@@ -105,7 +108,43 @@ def test_the_closure_runs_once():
 def test_a_role_without_parameters_and_parameters_without_an_optimizer_are_refused():
     with pytest.raises(ValueError, match=r"names role 'matrixx', but the model's parameters are embed"):
         by_role(network(), partial(SGD, lr=0.1), takes=["matrixx"])
-    with pytest.raises(ValueError, match=r"optimizer\.rest must say who steps them"):
+    with pytest.raises(ValueError, match=r"leaves out the roles embed, .*Try optimizer/rest=adamw"):
         by_role(network(), partial(SGD, lr=0.1), takes=["matrix"])
     with pytest.raises(ValueError, match="no trainable parameter"):
         by_role(nn.ReLU(), partial(SGD, lr=0.1))
+
+
+# --- the group within the group ----------------------------------------------------------------------------------
+
+
+def test_the_rest_of_a_name_is_the_optimizer_of_that_name():
+    """conf/optimizer/rest/x.yaml is conf/optimizer/x.yaml but for the words about roles: those that take all."""
+    plain = {name: compose([f"optimizer={name}"]).optimizer for name in options("optimizer")}
+    whole = {name for name, node in plain.items() if node.get("takes") == "all"}
+    named = {name for name in options("optimizer/rest") if not name.startswith("of_")}
+    assert named == whole
+    for name in named:
+        file = OmegaConf.load(CONF / "optimizer" / "rest" / f"{name}.yaml")
+        own = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
+        assert file == {key: value for key, value in own.items() if key not in (*WORDS, "defaults")}
+
+
+@pytest.mark.parametrize("name", options("optimizer/rest"))
+def test_any_rest_steps_what_is_left(name):
+    net = network()
+    factory, words = split(build("optimizer", "optimizer=lion", "optimizer.takes=[matrix]", f"optimizer/rest={name}"))
+    optimizer = by_role(net, factory, **words)
+    assert len(optimizer.children) == 2
+    assert {group["role"] for group in optimizer.children[1].param_groups} == set(roles(net)) - {"matrix"}
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def test_the_rest_of_a_base():
+    """optimizer/rest@optimizer.base.rest: what Hydra calls the rest of the optimizer within SAM."""
+    base = compose(["optimizer=sam", "optimizer/base=muon", "optimizer/rest@optimizer.base.rest=lion"]).optimizer.base
+    assert base.rest._target_ == "trainkit.optimizer.lion.Lion"
+    assert compose(["optimizer=sam", "optimizer/base=muon"]).optimizer.base.rest.lr == 3e-4

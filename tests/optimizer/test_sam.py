@@ -222,7 +222,8 @@ def test_half_precision_is_perturbed_in_float32(dtype):
 
 def base_of(name, **changed):
     """conf/optimizer/<name>.yaml as it stands below optimizer.base, so that ${…} in it must be relative."""
-    node = OmegaConf.merge(OmegaConf.load(CONF / "optimizer" / f"{name}.yaml"), changed)
+    chosen = OmegaConf.to_container(compose(["optimizer=sam", f"optimizer/base={name}"]).optimizer.base)
+    node = OmegaConf.merge(chosen, changed)
     return instantiate(OmegaConf.create({"optimizer": {"base": node}}))["optimizer"]["base"]
 
 
@@ -288,7 +289,7 @@ def test_keys_are_blamed_on_the_file_that_sets_them():
     words = ["optimizer=sam", "optimizer/base=muon"]
     job = Composition(compose(words), Folders(), parse(words, Folders()))
     assert re.fullmatch(r" \(conf/optimizer/muon\.yaml:\d+\)", job.where("optimizer.base.steps"))
-    assert re.fullmatch(r" \(conf/optimizer/muon\.yaml:\d+\)", job.where("optimizer.base.rest.lr"))
+    assert re.fullmatch(r" \(conf/optimizer/rest/of_muon\.yaml:\d+\)", job.where("optimizer.base.rest.lr"))
     assert job.where("optimizer.base.fused") == ""  # adamw is not what was chosen
     assert re.fullmatch(r" \(conf/optimizer/sam\.yaml:\d+\)", job.where("optimizer.rho"))
 
@@ -304,6 +305,7 @@ def test_what_a_model_or_norm_prefers_of_an_optimizer_holds_for_the_base():
 def test_help_names_the_bases_once():
     section = menu().split("\noptimizer=\n")[1].split("\n\n")[0]
     assert "with optimizer=asam or optimizer=sam:" in section
-    names = section.split("optimizer/base=")[1].split()
+    assert "with any but optimizer=asam or optimizer=sam:" in section
+    names = section.split("optimizer/base=")[1].split("with")[0].split()
     assert names == options("optimizer/base")
     assert "ASAM, SAM relative" in section

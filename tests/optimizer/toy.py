@@ -53,16 +53,24 @@ def follows(make: Make, formula: Formula, steps: int = 5, params: list[nn.Parame
             assert torch.equal(g, old), "the gradient was changed"
 
 
-def same(a: Make, b: Make, steps: int = 4, shapes: Sequence[tuple[int, ...]] = SHAPES, rtol: float = 1e-11) -> None:
+def same(
+    a: Make,
+    b: Make,
+    steps: int = 4,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    rtol: float = 1e-11,
+    atol: float = 1e-13,
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """Two optimizers take the same steps, at a learning rate that changes."""
-    ours, theirs = parameters(shapes), parameters(shapes)
+    ours, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
     for optimizer, params in ((a(ours), ours), (b(theirs), theirs)):
         for t in range(1, steps + 1):
             take(optimizer, params, 1, first=t)
             for group in optimizer.param_groups:
                 group["lr"] *= 0.7
     for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-13)
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
 def resumes(make: Make, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -115,8 +115,10 @@ def _inner_lines(group: str) -> Iterator[str]:
     """The groups within a group, for the options that have one: the names alone, as they are explained above them."""
     folders = Folders()
     for inner in (name for name in folders.groups if name.startswith(f"{group}/")):
-        having = [f"{group}={option}" for option in owners(inner, folders)]
-        yield f"    with {' or '.join(having)}:"
+        having = owners(inner, folders)
+        lacking = [option for option in folders.options(group) if option not in having]
+        few, word = (having, "with") if len(having) <= len(lacking) else (lacking, "with any but")
+        yield f"    {word} {' or '.join(f'{group}={option}' for option in few)}:"
         names = textwrap.wrap(f"{inner}= {' '.join(folders.options(inner))}", WIDTH - 6, subsequent_indent="  ")
         yield from (f"      {line}" for line in names)
 

@@ -126,6 +126,14 @@ class Source:
         names = (f"{option}@_here_", f"/{group}/{option}@_here_")
         return any(entry in names for entry in self.data.get("defaults") or () if isinstance(entry, str))
 
+    def package_of(self, group: str, option: str) -> str | None:
+        """Where the keys of a file that it includes land: here, or below for a group within its own; None: in the
+        file's own package."""
+        if self.here(group, option):
+            return self.package
+        inner = group.removeprefix(f"{self.group}/")
+        return ".".join((self.package, *inner.split("/"))) if self.group and inner != group else None
+
     def defaults(self) -> Iterator[tuple[str, Any, bool]]:
         """The entries of its defaults list: (group, option, whether it overrides another file's choice)."""
         for entry in self.data.get("defaults") or ():
@@ -177,7 +185,7 @@ def _with_includes(
     for inner, name, is_override in source.defaults():
         if not is_override and name != "_self_" and not (inner in choices and inner.startswith(f"{group}/")):
             for one in name if isinstance(name, list) else [name]:
-                where = source.package if source.here(inner, one) else None
+                where = source.package_of(inner, one)
                 yield from _with_includes(choice, inner, one, folders, choices, where, depth + 1)
     yield source
 

@@ -52,23 +52,22 @@ class AdamP(MultiTensorOptimizer):
         fixed = {"beta1": betas[0], "beta2": betas[1], "eps": group["eps"]}
         fixed |= {"nesterov": group["nesterov"], "compile": group["compile"]}
 
+        look_at = {"delta": group["delta"], "eps": group["eps"], "compile": group["compile"]}
+
         def adamw(part: Bucket) -> None:
             run(advance, part.params, *moments(part), now={**now, "scale": 1 - lr * decay}, **fixed)
 
         matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
-        for window in matrices.windows():
-            seen = radial.views(window, delta=group["delta"], eps=group["eps"], compile=group["compile"])
-            projected, plain = radial.divide(seen)
-            adamw(window.pick(plain))
-            if not projected:
+        for kept, part, found in radial.divided(matrices, **look_at):
+            adamw(kept)
+            if not found:
                 continue
-            part = window.pick(projected)
             u = self.temporary(part.params)
-            found = run(look, u, part.params, *moments(part), now=now, rows=True, **fixed)
-            seen = [seen[i] for i in projected]
-            q, rho = radial.projections(seen, found, eps=group["eps"], ratio=group["wd_ratio"])
-            kept = torch._foreach_add(q, torch._foreach_mul(rho, lr * decay)) if decay else q
-            run(shorten, part.params, u, kept, rows=True, compile=group["compile"])
+            pieces = run(look, u, part.params, *moments(part), now=now, rows=True, **fixed)
+            dots = [torch.cat(p) for p in pieces]
+            q, rho = radial.projections(found, dots, eps=group["eps"], ratio=group["wd_ratio"])
+            share = torch._foreach_add(q, torch._foreach_mul(rho, lr * decay)) if decay else q
+            run(shorten, part.params, u, share, rows=True, compile=group["compile"])
         adamw(others)
 
 
@@ -84,7 +83,7 @@ def look(u: Tensors, w: Tensors, *moments: Tensors, **numbers: Any) -> list[Tens
     else:
         torch._foreach_zero_(u)
     advance(u, *moments, **numbers)
-    return radial.dots(w, u)
+    return radial.products(w, u)
 
 
 def shorten(w: Tensors, u: Tensors, share: Tensors) -> None:

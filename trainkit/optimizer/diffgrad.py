@@ -77,17 +77,24 @@ def turn(x: Tensors) -> None:
     if x[0].is_cpu or torch.compiler.is_compiling():  # exp2 takes half of exp's time, but has no multi-tensor kernel
         torch._foreach_mul_(x, -1 / math.log(2))
         for t in x:
-            t.copy_(exp2(t)) if torch.compiler.is_compiling() and t.dtype == torch.float32 and t.is_cpu else t.exp2_()
+            exp2_(t)
     else:
         torch._foreach_neg_(x)
         torch._foreach_exp_(x)
     torch._foreach_add_(x, 1.0)
 
 
+def exp2_(x: Tensor) -> None:
+    """x <- 2^x for x up to 0. Compiled for a CPU, of float32 to 2.5e-7 of it down to x = -126, and 2^-126 below:
+    torch's own is a call to a library there, and takes four times as long."""
+    if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32:
+        x.copy_(exp2(x))
+    else:
+        x.exp2_()
+
+
 def exp2(x: Tensor) -> Tensor:
-    """2^x of float32 up to 0, to 2.5e-7 of it: compiled, it takes a quarter of torch's own, which is a call to a
-    library. 2^n for the next whole number n is its exponent's bits, and the rest the series of e^(f ln 2), |f| <= 1/2.
-    """
+    """2^x: the nearest whole number is the bits of an exponent, the rest f the series of e^(f ln 2), |f| <= 1/2."""
     x = x.clamp(min=-126.0)  # 2^-126 is the least that has an exponent of its own
     n = x.round()
     f, series = x - n, torch.zeros_like(x)

@@ -64,26 +64,26 @@ class LAMB(MultiTensorOptimizer):
         return {"exp_avg": zeros_like(p), "exp_avg_sq": zeros_like(p)}
 
     def update_all(self, found: list[tuple[Bucket, dict[str, Any]]]) -> None:
-        limits = [group["max_grad_norm"] for _, group in found if group["max_grad_norm"] is not None]
-        norm = norm_of_all([g for bucket, _ in found for g in bucket.gradients]) if limits else None
+        clipped = any(group["max_grad_norm"] is not None for _, group in found)
+        norm = norm_of_all([g for bucket, _ in found for g in bucket.gradients]) if clipped else None
         for bucket, group in found:
-            settings = self.settings(bucket, group, norm)
+            rates = self.rates(bucket, group, norm)
             for part in bucket.windows():
-                self.move(part, group, settings)
+                self.move(part, group, rates)
 
-    def settings(self, bucket: Bucket, group: dict[str, Any], norm: Tensor | None) -> dict[str, Any]:
+    def rates(self, bucket: Bucket, group: dict[str, Any], norm: Tensor | None) -> dict[str, Any]:
         """What the moments of a bucket are moved with; norm: that of all gradients."""
         beta1, beta2 = group["betas"]
         age = bucket.step if group["bias_correction"] else math.inf
         now: dict[str, float | Tensor] = {**numbers(group["betas"], age, lr=1.0)}
         if norm is not None and group["max_grad_norm"] is not None:
             clip = (group["max_grad_norm"] / norm).clamp(max=1.0).to(bucket.params[0].device)
-            if not clip.is_cpu or clip < 1:  # where nothing waits for the answer, gradients that are short enough stay
+            if not clip.is_cpu or not clip >= 1:  # where nothing waits for the answer, short gradients stay
                 now["clip"] = clip
         gain = {} if group["grad_averaging"] else {"gain": 1 / (1 - beta1)}
         return {"now": now, "beta1": beta1, "beta2": beta2, "eps": group["eps"], **gain}
 
-    def move(self, part: Bucket, group: dict[str, Any], settings: dict[str, Any]) -> None:
+    def move(self, part: Bucket, group: dict[str, Any], rates: dict[str, Any]) -> None:
         w, g, lr, decay = part.params, part.gradients, group["lr"], group["weight_decay"]
         moments = g, part.state("exp_avg"), part.state("exp_avg_sq")
         u = self.temporary(w)
@@ -95,12 +95,12 @@ class LAMB(MultiTensorOptimizer):
         coupled = 0.0 if group["decoupled_decay"] else decay
 
         if group["caution"]:
-            run(direct, u, w, *moments, decay=0.0, **settings, **fast)
+            run(direct, u, w, *moments, decay=0.0, **rates, **fast)
             kept = run(agree, u, g, **fast)
             share = [torch.stack(pieces).sum() / max(p.numel(), 1) for p, pieces in zip(w, kept, strict=True)]
             squared = run(combine, u, w, each={"share": share}, decay=coupled, **fast)
         else:
-            squared = run(direct, u, w, *moments, decay=coupled, **settings, **fast)
+            squared = run(direct, u, w, *moments, decay=coupled, **rates, **fast)
 
         if decay or group["always_adapt"]:
             of_w, of_u = norms_of_pieces(squared)

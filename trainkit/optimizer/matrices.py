@@ -109,7 +109,7 @@ class MatrixOptimizer(MultiTensorOptimizer):
             if p.ndim < 2:
                 raise ValueError(
                     f"{type(self).__name__} steps matrices, this parameter has shape {tuple(p.shape)}. "
-                    "Try optimizer.takes=[matrix], and optimizer.rest for the others"
+                    "Try optimizer.takes=[matrix] optimizer/rest=adamw"
                 )
             if "rank" in group:
                 rank_of(p, group)

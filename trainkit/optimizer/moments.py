@@ -49,8 +49,8 @@ def advance(
     (β^∞ = 0), as the corrections are in rate and root; it walks the memory of all four lists as it lies, and multiplies
     u by 1 - lr · weight_decay.
     """
-    plain = not nesterov and gain == 1 and divisor is None and not torch.compiler.is_compiling()
-    if not (plain and all(t.is_contiguous() for t in (*u, *g, *m, *v))):
+    fused = not nesterov and gain == 1 and divisor is None and not torch.compiler.is_compiling()
+    if not (fused and all(t.is_contiguous() for t in (*u, *g, *m, *v))):
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, g, alpha=(1 - beta1) * gain)
         torch._foreach_mul_(v, beta2)

@@ -197,6 +197,7 @@ def run(
     now: Mapping[str, float | Tensor] | None = None,
     each: Mapping[str, Sequence[Tensor]] | None = None,
     rows: bool = False,
+    reads: bool = False,
     compile: bool = False,
     **settings: Any,
 ) -> list[list[Any]]:
@@ -206,7 +207,8 @@ def run(
     blocks of BLOCK elements, so that what one operation writes the next one still finds in the cache: the tensors
     arrive flat, or with rows=True as matrices (rows, the rest) cut between rows; a list may then also hold a column
     (rows, 1) or a vector (rows,) per parameter, which arrives as a column. Half precision is widened to float32 for
-    the rule, and the tensors of the first list, the parameters, are rounded once when they are written back.
+    the rule, and the tensors of the first list, the parameters, are rounded once when they are written back; a rule
+    that only reads has nothing written back.
 
     each: further lists, of one 0-d tensor per parameter, which are not cut. now: the numbers that change from step to
     step. A compiled rule gets them as 0-d tensors, or it would be compiled again for every value; so a rule only
@@ -219,17 +221,18 @@ def run(
     half = [values[0].dtype in (torch.float16, torch.bfloat16) for values in lists]
     any_half, now, each = any(half), now or {}, each or {}
     moving = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in now.items()} if compile else {}
-    for owners, block, whether in blocks(lists, rows=rows, compile=compile):
+    for owners, block, whether in blocks(lists, rows=rows, reads=reads, compile=compile):
         widened = block
         if any_half:
             widened = [[t.float() for t in values] if h else values for values, h in zip(block, half, strict=True)]
         theirs = {name: [values[i] for i in owners] for name, values in each.items()}
         if whether:
-            fast = compiled(rule, kinds(*widened, *theirs.values()), tuple(settings.items()))
+            named = *theirs, *moving  # a graph without `clip` is another one
+            fast = compiled(rule, kinds(*widened, *theirs.values()), named, tuple(settings.items()))
             returned = fast(*widened, **theirs, **moving, **settings)
         else:
             returned = rule(*widened, **theirs, **now, **settings)
-        if half[0]:
+        if half[0] and not reads:
             torch._foreach_copy_(block[0], widened[0])
         if returned is not None:
             for owner, value in zip(owners, returned, strict=True):
@@ -246,8 +249,8 @@ def kinds(*lists: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 @functools.cache
-def compiled(rule: Rule, kinds: tuple[Any, ...], settings: tuple[Any, ...]) -> Rule:
-    """One graph for all sizes of these kinds of tensors and these settings.
+def compiled(rule: Rule, kinds: tuple[Any, ...], named: tuple[str, ...], settings: tuple[Any, ...]) -> Rule:
+    """One graph for all sizes of these kinds of tensors, the keywords that tensors are given by, and these settings.
 
     Its guards would take longer than a small tensor's update, so they are left out: what they look at is in the key.
     Graphs of one code object are told apart by their guards, so each gets a copy of the rule's.
@@ -282,7 +285,7 @@ def add(w: Tensors, u: Tensors, rate: float | Tensor) -> None:
 
 
 def blocks(
-    lists: Sequence[Sequence[Tensor]], *, rows: bool, compile: bool
+    lists: Sequence[Sequence[Tensor]], *, rows: bool, compile: bool, reads: bool = False
 ) -> Iterator[tuple[list[int], list[list[Tensor]], bool]]:
     """Pieces of parallel lists: whose they are (indices into the lists), the lists of pieces, and whether to compile.
 
@@ -329,7 +332,7 @@ def blocks(
     for fits, indices in shared.items():
         if indices:
             yield indices, together(indices), fits
-    for t, matrix in copies:
+    for t, matrix in () if reads else copies:
         t.copy_(matrix.view(t.shape))
 
 

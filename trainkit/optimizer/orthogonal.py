@@ -220,5 +220,5 @@ def needs_matrices(optimizer: MultiTensorOptimizer, params: Sequence[Tensor]) ->
         if p.ndim < 2:
             raise ValueError(
                 f"{type(optimizer).__name__} steps matrices, this parameter has shape {tuple(p.shape)}. "
-                "Try optimizer.takes=[matrix] and an optimizer.rest"
+                "Try optimizer.takes=[matrix] optimizer/rest=adamw"
             )

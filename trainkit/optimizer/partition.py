@@ -76,8 +76,10 @@ def over_roles(
         if name not in found:
             raise ValueError(f"optimizer.takes names role {name!r}, but the model's parameters are {_counts(found)}")
     left = [name for name in found if name not in taken]
-    if left and rest is None:
-        raise ValueError(f"optimizer.takes leaves out the roles {left}: optimizer.rest must say who steps them")
+    if left and not rest:
+        raise ValueError(
+            f"optimizer.takes leaves out the roles {', '.join(left)}: who steps them? Try optimizer/rest=adamw"
+        )
 
     def build(make: Callable[..., Optimizer], names: Iterable[str]) -> Optimizer:
         exempt = {"weight_decay": 0.0}
@@ -89,7 +91,7 @@ def over_roles(
         return made
 
     first = build(factory, taken)
-    return Partition([first, build(rest, left)]) if left and rest is not None else first
+    return Partition([first, build(rest, left)]) if left and rest else first
 
 
 def scale_lr(optimizer: Optimizer, batch: int) -> None:

@@ -52,22 +52,23 @@ class SGDP(MultiTensorOptimizer):
         fixed = {"momentum": momentum, "nesterov": group["nesterov"], "compile": group["compile"]}
         gain = 1 - group["dampening"]
 
+        look_at = {"delta": group["delta"], "eps": group["eps"], "compile": group["compile"]}
+
         def unprojected(part: Bucket) -> None:
             w, g, b = part.params, part.gradients, part.state("momentum_buffer")
             run(sgd, w, g, b, now={"lr": lr, "shrink": shrink}, gain=gain, **fixed)
 
         matrices, others = bucket.where(lambda p: p.ndim > 1 and p.numel() > 0)
-        for window in matrices.windows():
-            seen = radial.views(window, delta=group["delta"], eps=group["eps"], compile=group["compile"])
-            projected, plain = radial.divide(seen)
-            unprojected(window.pick(plain))
-            if not projected:
+        for kept, part, found in radial.divided(matrices, **look_at):
+            unprojected(kept)
+            if not found:
                 continue
-            part = window.pick(projected)
             w, g, b = part.params, part.gradients, part.state("momentum_buffer")
-            found = run(look, b, w, g, rows=True, gain=gain, **fixed)
-            seen = [seen[i] for i in projected]
-            q, rho = radial.projections(seen, found, eps=group["eps"], ratio=group["wd_ratio"])
+            pieces = run(look, b, w, g, rows=True, gain=gain, momentum=momentum, compile=group["compile"])
+            dots = [torch.cat(p) for p in pieces]
+            if group["nesterov"]:  # ⟨W, g + μ b⟩
+                dots = [one.dots + momentum * dot for one, dot in zip(found, dots, strict=True)]
+            q, rho = radial.projections(found, dots, eps=group["eps"], ratio=group["wd_ratio"])
             onto = torch._foreach_mul(q, -lr if group["nesterov"] else 0.0)
             share = torch._foreach_add(onto, torch._foreach_mul(rho, shrink))
             run(step, w, g, b, q, share, now={"lr": lr}, rows=True, **fixed)
@@ -79,13 +80,10 @@ def remember(b: Tensors, g: Tensors, momentum: float, gain: float) -> None:
     torch._foreach_add_(b, g, alpha=gain)
 
 
-def look(b: Tensors, w: Tensors, g: Tensors, *, momentum: float, gain: float, nesterov: bool) -> list[Tensor]:
-    """The momentum of this step; returns ⟨W_i, b_i⟩, with nesterov ⟨W_i, g_i + μ b_i⟩."""
+def look(b: Tensors, w: Tensors, g: Tensors, *, momentum: float, gain: float) -> list[Tensor]:
+    """The momentum of this step; returns ⟨W_i, b_i⟩."""
     remember(b, g, momentum, gain)
-    found = radial.dots(w, b)
-    if nesterov:  # without making g + μ b
-        found = [wb * momentum + wg for wb, wg in zip(found, radial.dots(w, g), strict=True)]
-    return found
+    return radial.products(w, b)
 
 
 def step(
