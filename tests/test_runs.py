@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -253,10 +254,16 @@ def test_a_prompt_cannot_start_processes_and_says_what_can(words, monkeypatch):
         trainkit.run([*words, *DDP])
 
 
-def test_resume_refuses_another_model(words):
-    run = trainkit.run(words).dir
-    with pytest.raises(UserError, match=r"resume continues a run with model\.depth=2, and model\.depth=3"):
-        trainkit.run([f"resume={run}", "model.depth=3"])
+def test_resume_refuses_another_model_or_optimizer(words):
+    run = trainkit.run([*words, "optimizer=muon"]).dir
+    for other, key in (
+        ("model.depth=3", "model.depth=2, and model.depth=3"),
+        ("optimizer=lion", "optimizer._target_=trainkit.optimizer.muon.Muon"),
+        ("optimizer/rest=lion", "optimizer.rest._target_=torch.optim.AdamW"),
+        ("optimizer.takes=[matrix,head]", "optimizer.takes=['matrix']"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"resume continues a run with {key}")):
+            trainkit.run([f"resume={run}", other])
 
 
 @pytest.mark.slow

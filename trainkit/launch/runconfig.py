@@ -23,6 +23,9 @@ FACTS = (
     "fingerprint",
 )  # what only reading the data tells
 
+WHO_STEPS = ("_target_", "takes", "rest._target_")
+STEPPED = [f"{node}.{key}" for node in ("optimizer", "optimizer.base") for key in WHO_STEPS]
+SAME = ("model", "norm", "norm_layer", "data", "seed", "to", *STEPPED)  # what a run that is continued keeps
 UNSEEN = (".cache_dir", "data.workers")  # settings of data on which no number depends
 PLACES = ("data.path", "data.val_path")  # nor on these, of data that are known by their fingerprint
 
@@ -119,7 +122,7 @@ def continues(cfg: DictConfig, directory: Path) -> None:
         if name in cfg.data and before.data.get(name) is not None:
             OmegaConf.update(cfg, f"data.{name}", before.data[name])
     may_change = (*UNSEEN, *(PLACES if before.data.get("fingerprint") else ()))
-    for group in ("model", "norm", "norm_layer", "data", "seed", "to", "optimizer._target_", "optimizer.base._target_"):
+    for group in SAME:
         now, then = (OmegaConf.select(c, group) for c in (cfg, before))
         pairs = [pair for pair in _differences(now, then, group) if not pair[0].endswith(may_change)]
         if pairs:
