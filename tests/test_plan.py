@@ -116,7 +116,7 @@ def test_activations_are_what_a_real_forward_saves(words):
 
 
 @pytest.mark.parametrize("words", [[*GPT, "model.depth=8"], [*LLAMA, "model.depth=8"]], ids=["gpt", "llama"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_checkpointing_saves_what_it_saves(words, precision):
     cfg = config(*words, f"trainer.precision={precision}", "trainer.activation_checkpointing=true")
     planner, real = prepare(cfg.copy()), Real(cfg)

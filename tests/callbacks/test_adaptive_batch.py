@@ -304,7 +304,10 @@ def test_throughput_counts_the_tokens_of_every_step(tmp_path, monkeypatch):
 # --- cut and continued -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, None], ids=["a checkpoint at every step", "at validations"])
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(1, id="a checkpoint at every step", marks=pytest.mark.slow), pytest.param(None, id="at validations")],
+)
 def test_resume_is_the_unbroken_run(tmp_path, every):
     def callbacks():
         return Grows(1, 3, 4, 7, 8), LastAndBest(every_n_steps=every)

@@ -99,6 +99,7 @@ def test_lightnings_own_handlers_are_off(tmp_path):
     assert handlers == {"Preemption._told"}
 
 
+@pytest.mark.slow
 def test_two_at_once_are_one_and_a_later_one_ends_it(tmp_path):
     with pytest.raises(Interrupted, match="after step 3, which is saved"):
         fit(tmp_path, [LastAndBest(), Told(3, times=1), Told(3, times=1), Preemption()])

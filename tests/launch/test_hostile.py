@@ -22,6 +22,7 @@ USES = {
     "eval": ["mode=eval", "resume={run}"],
     "convert": ["mode=convert", "resume={run}", "to=pre_rms"],
 }
+SOME = [use if use in ("resume", "init_from") else pytest.param(use, marks=pytest.mark.slow) for use in USES]
 TARGETS = {
     "os.system": {"command": "touch {mark}"},
     "builtins.eval": {"_args_": ["open('{mark}', 'w')"]},
@@ -120,14 +121,14 @@ def overrides(run: Path, mark: Path) -> None:
     (run / "result.json").write_text(json.dumps(result))
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", SOME)
 def test_a_checkpoint_that_is_a_program_is_not_run(attack, use):
     assert "which could be a program, and nothing of it was run" in attack(use, checkpoint(within_a_state))
     for write in (without_an_archive, an_archive_of_another_kind):
         assert "be read" in attack(use, checkpoint(write))
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", SOME)
 def test_a_configuration_that_calls_something_else_is_refused(attack, use):
     for name in TARGETS:
         for where in ("norm", "callbacks.x"):

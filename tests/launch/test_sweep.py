@@ -269,8 +269,15 @@ def interrupt(tmp_path: Path, *numbers: int, job: str = "1") -> threading.Thread
     return thread
 
 
+SIGNALS = [
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_all_and_says_how_to_go_on(go, tmp_path, told, number, code):
     helper = interrupt(tmp_path, number)
     assert go("norm=pre,lns,sandwich") == code

@@ -83,7 +83,7 @@ def test_zero_gradients_from_zero(form):
 @pytest.mark.parametrize("form", ["scalar", "row"])
 def test_compiled_it_is_the_same(form):
     settings = {"lr": 0.1, "weight_decay": 0.1, "form": form}
-    shapes = [(100, 90), (7,), (130, 70)]
+    shapes = [(100, 90), (7,)]
     toy.same(
         lambda ps: AdaGradNorm(ps, **settings, compile=True), lambda ps: AdaGradNorm(ps, **settings), shapes=shapes
     )

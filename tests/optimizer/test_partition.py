@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -119,28 +120,34 @@ def test_a_role_without_parameters_and_parameters_without_an_optimizer_are_refus
 
 def test_the_rest_of_a_name_is_the_optimizer_of_that_name():
     """conf/optimizer/rest/x.yaml is conf/optimizer/x.yaml but for the words about roles: those that take all."""
-    plain = {name: compose([f"optimizer={name}"]).optimizer for name in options("optimizer")}
-    whole = {name for name, node in plain.items() if node.get("takes") == "all"}
+    own = {name: OmegaConf.load(CONF / "optimizer" / f"{name}.yaml") for name in options("optimizer")}
     named = {name for name in options("optimizer/rest") if not name.startswith("of_")}
-    assert named == whole
+    assert named == {name for name, node in own.items() if node.get("takes") == "all"}
     for name in named:
-        file = OmegaConf.load(CONF / "optimizer" / "rest" / f"{name}.yaml")
-        own = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
-        assert file == {key: value for key, value in own.items() if key not in (*WORDS, "defaults")}
+        expected = {key: value for key, value in own[name].items() if key not in (*WORDS, "defaults")}
+        assert expected == OmegaConf.load(CONF / "optimizer" / "rest" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", options("optimizer/rest"))
 def test_any_rest_steps_what_is_left(name):
+    file = OmegaConf.load(CONF / "optimizer" / "rest" / f"{name}.yaml")
+    rest = instantiate(OmegaConf.create({"optimizer": {"lr": 1e-3, "rest": file}})).optimizer.rest
     net = network()
-    factory, words = split(build("optimizer", "optimizer=lion", "optimizer.takes=[matrix]", f"optimizer/rest={name}"))
-    optimizer = by_role(net, factory, **words)
-    assert len(optimizer.children) == 2
+    optimizer = by_role(net, partial(SGD, lr=0.1), takes=["matrix"], rest=rest)
     assert {group["role"] for group in optimizer.children[1].param_groups} == set(roles(net)) - {"matrix"}
     before = [p.detach().clone() for p in net.parameters()]
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert not any(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def test_a_rest_is_a_word():
+    words = ["optimizer=muon", "optimizer/rest=lion", "optimizer.rest.lr=0.25"]
+    factory, about_roles = split(build("optimizer", *words))
+    optimizer = by_role(network(), factory, **about_roles)
+    assert [type(child).__name__ for child in optimizer.children] == ["Muon", "Lion"]
+    assert {group["lr"] for group in optimizer.children[1].param_groups} == {0.25}
 
 
 def test_the_rest_of_a_base():
