@@ -7,8 +7,8 @@ which trainkit/launch/job.py reads like. `python run.py --help` shows the menu.
 
 import sys
 
+from trainkit.launch.door import enter
 from trainkit.launch.explain import UserError
-from trainkit.launch.preflight import preflight
 from trainkit.launch.process import standby
 from trainkit.launch.process.launched import adopt
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 128 + n told to stop by signal n."""
     argv = standby.told(argv, "trainkit.launch.job")
     adopt()
-    plan = preflight(argv)
+    plan = enter(argv)
     if plan.passthrough:
         return hydra_itself()
     try:

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from trainkit.launch.door import enter
 from trainkit.launch.menu import catalogue, groups, menu
-from trainkit.launch.preflight import check, preflight
+from trainkit.launch.preflight import check
 from trainkit.launch.sources import CONF
 
 TEXT = menu()
@@ -58,6 +59,6 @@ def test_the_examples_are_right():
 
 def test_help_wins_over_a_mistake_beside_it(capsys):
     with pytest.raises(SystemExit) as left:
-        preflight(["norm=perl", "--help"])
+        enter(["norm=perl", "--help"])
     assert left.value.code == 0
     assert capsys.readouterr().out.rstrip("\n") == TEXT

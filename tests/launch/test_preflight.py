@@ -21,7 +21,8 @@ from trainkit.launch.check.composition import options_with
 from trainkit.launch.check.signature import signature
 from trainkit.launch.check.targets import HOSTS, shipped
 from trainkit.launch.compose import CONF, compose, overlay, user_cache
-from trainkit.launch.preflight import UserError, allowed, check, check_config, preflight
+from trainkit.launch.door import enter
+from trainkit.launch.preflight import UserError, allowed, check, check_config
 from trainkit.launch.sources import Folders, default_groups
 
 MISTAKES = yaml.safe_load((Path(__file__).parent / "mistakes.yaml").read_text())
@@ -66,7 +67,7 @@ def test_the_corpus_is_large_and_without_repeats():
 
 def test_the_door_prints_the_mistake_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as left:
-        preflight(["norm=perl"])
+        enter(["norm=perl"])
     assert left.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -77,7 +78,7 @@ def test_the_door_prints_the_mistake_and_exits_with_2(capsys):
 def test_hydra_full_error_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UserError):
-        preflight(["norm=perl"])
+        enter(["norm=perl"])
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -128,12 +129,12 @@ def test_hydras_own_questions_are_handed_over(flag):
 
 def test_cfg_job_shows_the_checked_configuration(capsys):
     with pytest.raises(SystemExit) as left:
-        preflight(["norm=mix", "norm.alpha=0.5", "--cfg", "job", "--package", "norm"])
+        enter(["norm=mix", "norm.alpha=0.5", "--cfg", "job", "--package", "norm"])
     assert left.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown == {"_target_": "trainkit.norm.mix.Mix", "norm_layer": "${norm_layer}", "alpha": 0.5}
     with pytest.raises(SystemExit) as left:
-        preflight(["norm=mixx", "--cfg", "job"])
+        enter(["norm=mixx", "--cfg", "job"])
     assert left.value.code == 2
 
 
@@ -472,7 +473,7 @@ def seconds(*arguments: str) -> float:
 
 @pytest.mark.parametrize("argv", [["--help"], ["norm=perl"], ["optimizer.lr=fast"], ["--cfg", "job"]])
 def test_answers_take_no_longer_than_three_imports_of_hydra(argv):
-    ours = f"from trainkit.launch.preflight import preflight; preflight({argv!r})"
+    ours = f"from trainkit.launch.door import enter; enter({argv!r})"
     ratios = (seconds("-c", ours) / seconds("-c", "import hydra") for _ in range(5))
     assert any(ratio < 3 for ratio in ratios)  # the best of five: other work on the machine only slows things down
 
@@ -480,8 +481,8 @@ def test_answers_take_no_longer_than_three_imports_of_hydra(argv):
 @pytest.mark.parametrize("argv", [["--help"], ["norm=perl"], ["norm=peri", "--cfg", "job"]])
 def test_nothing_heavy_is_imported(argv):
     code = (
-        "import sys\nfrom trainkit.launch.preflight import preflight\n"
-        f"try: preflight({argv!r})\nexcept SystemExit: pass\n"
+        "import sys\nfrom trainkit.launch.door import enter\n"
+        f"try: enter({argv!r})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'lightning', 'numpy', 'wandb', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         f"assert {argv!r} != ['--help'] or 'hydra' not in sys.modules\n"

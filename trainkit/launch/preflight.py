@@ -7,15 +7,14 @@ values in values.py, targets and their keywords in targets.py, and what Hydra or
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainkit.launch import rundir
 from trainkit.launch.check import words
+from trainkit.launch.check.calls import check_calls
 from trainkit.launch.check.choices import (
     OVERLAYS,
     check_choice,
@@ -29,9 +28,9 @@ from trainkit.launch.check.composition import Composition
 from trainkit.launch.check.from_run import check_from_run, settled
 from trainkit.launch.check.guards import check_guards
 from trainkit.launch.check.ranges import check_compile, check_export, check_plan, check_sample
-from trainkit.launch.check.targets import allowed, check_literal, check_parameters, check_plugins, check_targets
+from trainkit.launch.check.targets import allowed, check_parameters, check_plugins, check_targets
 from trainkit.launch.check.values import check_missing, check_nodes, check_share, check_top, check_value
-from trainkit.launch.compose import assign, choose, is_value, register_resolvers, search
+from trainkit.launch.compose import assign, choose, is_value, search
 from trainkit.launch.explain import UserError, did_you_mean
 from trainkit.launch.mode import hparams_search
 from trainkit.launch.sources import Folders, default_groups
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-__all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config", "preflight"]
+__all__ = ["MODES", "Plan", "UserError", "allowed", "check", "check_config"]
 
 MODES = ("train", "eval", "sample", "convert", "export", "search", "plan")
 FROM_RUN = ("eval", "sample", "convert", "export")  # these take the configuration of an earlier run, named by resume=
@@ -65,39 +64,6 @@ class Plan:
     words: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     search: hparams_search.Search | None = None
-
-
-def preflight(argv: Sequence[str]) -> Plan:
-    """The door of run.py: answers --help and --cfg job itself; a mistake is printed and ends with exit code 2.
-
-    The plan of a run or a sweep that is to be continued has the words of that in it.
-    """
-    from trainkit.launch.resume import recorded  # which checks the words that it finds
-
-    try:
-        line = words.read(list(argv))
-        if "help" in line.flags:
-            from trainkit.launch.menu import menu
-
-            _answer(menu(bold=sys.stdout.isatty()))
-        plan = recorded(check(argv))
-        if line.flags.get("cfg") == "job":
-            _answer(_job_text(plan, line))
-        return plan
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-def _answer(text: str) -> None:
-    """Prints and ends. A reader that stops early (`| head`) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
 
 
 def check(argv: Sequence[str], *, merged: bool = False) -> Plan:
@@ -177,19 +143,6 @@ def check_config(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> None:
     job = check_calls(cfg, plugins=plugins)
     check_missing(job)
     check_parameters(job)
-
-
-def check_calls(cfg: DictConfig, *, plugins: Sequence[str] = ()) -> Composition:
-    """The part of check_config that asks what the configuration would call, for a run whose weights alone are used.
-
-    Nothing of it is built then; but whoever put such a name there did not mean well, and the weights are theirs too.
-    """
-    register_resolvers()
-    check_plugins(list(plugins))
-    job = Composition(cfg, earlier=True)
-    check_literal(job)
-    check_targets(job, plugins)
-    return job
 
 
 def _check_job(job_words: list[str], folders: Folders, compose: Callable[[list[str]], DictConfig]) -> DictConfig:
@@ -289,20 +242,3 @@ def _remembering(make: Callable[[list[str]], DictConfig]) -> Callable[[list[str]
         return deepcopy(made[key])
 
     return remembered
-
-
-def _job_text(plan: Plan, line: words.CommandLine) -> str:
-    """What --cfg job shows: the configuration as YAML, or the part of it that --package names."""
-    from omegaconf import OmegaConf, open_dict
-
-    if len(plan.configs) > 1:
-        raise UserError("--cfg job shows one job: leave out -m and the sweep")
-    cfg: Any = plan.configs[0]
-    with open_dict(cfg):
-        del cfg["choices"]
-    package = line.flags.get("package")
-    if package:
-        cfg = OmegaConf.select(cfg, str(package))
-        if not OmegaConf.is_config(cfg):
-            raise UserError(f"--package {package}: there is no such node in the configuration")
-    return OmegaConf.to_yaml(cfg, resolve="resolve" in line.flags).rstrip()

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from trainkit.launch.check.calls import check_calls
 from trainkit.launch.disk import writing
 from trainkit.launch.explain import UserError
-from trainkit.launch.preflight import check_calls
 from trainkit.launch.rundir import write_text
 
 HOLDS = {"convert": "a converted", "export": "an exported"}  # by the mode that wrote it

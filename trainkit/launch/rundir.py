@@ -222,3 +222,8 @@ def check_free(directory: Path) -> None:
 def unlock(file: IO[str]) -> None:
     _held.discard(file)
     file.close()
+
+
+def diverged(result: dict[str, Any]) -> bool:
+    """Whether the guard (callbacks/guard.py) has ended a run, because a loss or a gradient was no number any more."""
+    return result.get("status") == "failed" and str(result.get("reason")).startswith("NonFiniteLoss: ")

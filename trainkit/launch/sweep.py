@@ -22,7 +22,7 @@ from trainkit.launch.check.words import of_a_launcher
 from trainkit.launch.console import log, show, to_terminal
 from trainkit.launch.explain import UserError, shorten
 from trainkit.launch.preflight import Plan, check_each
-from trainkit.launch.process.children import LEFT_OVER, Child, end
+from trainkit.launch.process.children import GRACE, LEFT_OVER, Child, clean_environment, end
 from trainkit.launch.process.interruption import OF_A_SWEEP, Interrupted, requeue
 from trainkit.launch.process.launched import launched, mark
 from trainkit.launch.process.machine import default_threads, gpus
@@ -34,19 +34,9 @@ if TYPE_CHECKING:
     from trainkit.launch.mode.suggestions import Suggestions
     from trainkit.launch.process.launchers import Outcome
 
-# What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
-FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-FOREIGN += ("MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_RESUME", rundir.SHARED_DIR)
-
 SAID = ("val/loss", "test/loss", "continual/final_average_accuracy")  # of a finished job, in its line
 POLL = 0.05  # seconds between two looks at the children
-GRACE = 30.0  # seconds that interrupted jobs may take to end by themselves
 OVER = ("finished", "diverged")  # jobs in these states have their result and are not started again
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without the traces of another run."""
-    return {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith("TORCHELASTIC_")}
 
 
 def sweep(plan: Plan) -> int:
@@ -328,7 +318,7 @@ class Sweep:
     def _recall(self, number: int) -> None:
         """Takes over what an earlier start of the sweep reached in this job; its own result.json knows best."""
         result = rundir.read_json(self.directory / str(number) / "result.json")
-        status = "diverged" if self.plan.search and diverged(result) else result.get("status")
+        status = "diverged" if self.plan.search and rundir.diverged(result) else result.get("status")
         if status in OVER:
             self._note(number, result, status)
             if status == "diverged":
@@ -386,7 +376,7 @@ class Sweep:
             status = "finished"
         else:
             status = "interrupted" if stopped or (own and result["status"] == "interrupted") else "failed"
-        if status == "failed" and self.plan.search and own and diverged(result):
+        if status == "failed" and self.plan.search and own and rundir.diverged(result):
             status = "diverged"
         entry = self.jobs[number]
         entry |= {"exit_code": code, "seconds": entry["seconds"] + seconds}
@@ -487,11 +477,6 @@ class Sweep:
             log.warning("the report could not be written (%s); the sweep's numbers are in summary.md", told)
         else:
             self._publish(page)
-
-
-def diverged(result: dict[str, Any]) -> bool:
-    """Whether the guard (callbacks/guard.py) has ended a run, because a loss or a gradient was no number any more."""
-    return result.get("status") == "failed" and str(result.get("reason")).startswith("NonFiniteLoss: ")
 
 
 def reason(result: dict[str, Any], code: int, said: str) -> str:

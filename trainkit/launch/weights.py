@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from trainkit.launch import rundir
+from trainkit.launch.check.calls import check_calls
 from trainkit.launch.explain import UserError
 from trainkit.launch.huggingface import pretrained
-from trainkit.launch.preflight import check_calls
 from trainkit.launch.runconfig import load_config
 from trainkit.launch.sharded_checkpoint import read, whole
 from trainkit.surgery import FORMS

@@ -21,7 +21,6 @@ from trainkit.launch import rundir
 from trainkit.launch.process.machine import cores
 from trainkit.launch.sources import CONF, RUN
 from trainkit.launch.summary import clock
-from trainkit.launch.sweep import diverged
 from trainkit.launch.versions import versions
 from trainkit.report.claim import Claim, Outcome, arm, judge, read
 from trainkit.report.claim_measures import Arm
@@ -135,7 +134,7 @@ def gather(claim: Claim, folder: Path) -> dict[str, Arm] | None:
 
 def _told_something(run: Run) -> bool:
     """Whether a run is a result: it reached its end, or its loss was no number any more. A full disk is none."""
-    return run.status == "finished" or diverged(run.result)
+    return run.status == "finished" or rundir.diverged(run.result)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from trainkit.launch import rundir
 from trainkit.launch.check.words import of_a_launcher
 from trainkit.launch.console import log
 from trainkit.launch.explain import UserError, explained
-from trainkit.launch.process.children import Child, end
+from trainkit.launch.process.children import GRACE, Child, clean_environment, end
 from trainkit.launch.process.launched import adopt, launched
+from trainkit.launch.sources import RUN
 
 if TYPE_CHECKING:
     from trainkit.launch.preflight import Plan
@@ -101,15 +102,13 @@ def outcomes(directory: Path) -> list[Outcome]:
 
 def task(cfg: DictConfig) -> None:
     """One job, in whatever process the launcher runs it: starts the child and waits for it."""
-    from trainkit.launch.sweep import GRACE, RUN, clean_environment, diverged
-
     directory, number = Path(cfg.directory), int(cfg.number)
     record = rundir.read_json(directory / "sweep.json")
     job = record["jobs"][number]
     # Told from how jobs have ended, not from sweep.json, which the sweep writes a moment later.
     failed = [outcome.number for outcome in outcomes(directory) if outcome.code]
     if record.get("search"):  # then a divergence is a result
-        failed = [n for n in failed if not diverged(rundir.read_json(directory / str(n) / "result.json"))]
+        failed = [n for n in failed if not rundir.diverged(rundir.read_json(directory / str(n) / "result.json"))]
     if record["on_error"] == "stop" and failed:
         return
     adopt()
