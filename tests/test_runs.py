@@ -100,6 +100,21 @@ def test_resume_continues_in_place_as_if_never_stopped(words):
     assert all(torch.equal(a["state_dict"][k], v) for k, v in b["state_dict"].items())
 
 
+def test_a_run_that_goes_on_after_its_end_has_the_rates_of_the_longer_schedule(words):
+    """Not for its first step the rate that the shorter one ended with, which is 0."""
+    words = [*words, "schedule=linear", "schedule.warmup=0", "trainer.log_every_n_steps=1"]
+    whole, run = (trainkit.run([*words, f"trainer.max_steps={steps}"]).dir for steps in (6, 3))
+    trainkit.run([f"resume={run}", "trainer.max_steps=6"])
+
+    def rates(directory):
+        rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        return {row["step"]: row["lr"] for row in rows if "lr" in row and row["step"] > 3}
+
+    assert rates(run) == rates(whole)
+    assert len(rates(run)) == 3
+    assert all(rates(run).values())
+
+
 def test_a_run_that_was_killed_after_its_last_step_resumes_to_its_result(words):
     whole = trainkit.run(words)
     result = json.loads((whole.dir / "result.json").read_text())
@@ -261,6 +276,7 @@ def test_resume_refuses_another_model_or_optimizer(words):
         ("optimizer=lion", "optimizer._target_=trainkit.optimizer.muon.Muon"),
         ("optimizer/rest=lion", "optimizer.rest._target_=torch.optim.AdamW"),
         ("optimizer.takes=[matrix,head]", "optimizer.takes=['matrix']"),
+        ("optimizer.rest.lr=0.5", "optimizer.rest.lr=0.0003"),
     ):
         with pytest.raises(UserError, match=re.escape(f"resume continues a run with {key}")):
             trainkit.run([f"resume={run}", other])

@@ -1,5 +1,6 @@
 """Roles are total, and a Partition is one optimizer to everybody who looks at it."""
 
+import re
 from copy import deepcopy
 from functools import partial
 
@@ -11,8 +12,12 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from tests.menu import build, options
+from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.words import parse
 from trainkit.launch.compose import compose
-from trainkit.launch.sources import CONF
+from trainkit.launch.explain import UserError
+from trainkit.launch.preflight import check
+from trainkit.launch.sources import CONF, Folders
 from trainkit.optimizer.partition import WORDS, Partition, by_role, roles, split
 
 
@@ -155,3 +160,58 @@ def test_the_rest_of_a_base():
     base = compose(["optimizer=sam", "optimizer/base=muon", "optimizer/rest@optimizer.base.rest=lion"]).optimizer.base
     assert base.rest._target_ == "trainkit.optimizer.lion.Lion"
     assert compose(["optimizer=sam", "optimizer/base=muon"]).optimizer.base.rest.lr == 3e-4
+
+
+def test_what_a_norm_prefers_holds_for_the_rest_wherever_it_is():
+    rest = compose(["norm=nap", "optimizer=muon", "optimizer/rest=adamw"]).optimizer.rest
+    words = ["norm=nap", "optimizer=sam", "optimizer/base=muon", "optimizer/rest@optimizer.base.rest=adamw"]
+    assert compose(words).optimizer.base.rest == rest
+    assert rest.weight_decay == 0
+
+
+def test_the_file_that_sets_a_key_of_a_rest():
+    for words, key, file in (
+        (["optimizer=muon"], "optimizer.rest.lr", "of_muon"),
+        (["optimizer=muon", "optimizer/rest=lion"], "optimizer.rest.lr", "lion"),
+        (["optimizer=sam", "optimizer/base=muon"], "optimizer.base.rest.lr", "of_muon"),
+        (
+            ["optimizer=sam", "optimizer/base=muon", "optimizer/rest@optimizer.base.rest=lion"],
+            "optimizer.base.rest.lr",
+            "lion",
+        ),
+    ):
+        job = Composition(compose(words), Folders(), parse(words, Folders()))
+        assert re.fullmatch(rf" \(conf/optimizer/rest/{file}\.yaml:\d+\)", job.where(key)), words
+        assert job.where("optimizer.base.rest.fused" if "lion" in file else "optimizer.base.rest.nothing") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["optimizer=lion", "optimizer/rest=adamw"],
+            r"optimizer\.takes=all leaves it nothing to step\n.*takes=\[matrix\]",
+        ),
+        (
+            ["optimizer=sam", "optimizer/rest=lion"],
+            r"takes no optimizer/rest\n.*optimizer/rest@optimizer\.base\.rest=lion",
+        ),
+        (
+            ["optimizer=muon", "optimizer/rest=lion", "optimizer.rest.lr=-1"],
+            r"optimizer\.rest\.lr must not be negative",
+        ),
+        (["optimizer=muon", "optimizer/rest=muon"], "did you mean 'of_muon'"),
+    ],
+)
+def test_a_rest_that_cannot_be(words, says):
+    with pytest.raises(UserError, match=says):
+        check(words)
+
+
+def test_roles_are_named_once_and_at_all():
+    with pytest.raises(ValueError, match="names no role"):
+        by_role(network(), partial(SGD, lr=0.1), takes=[], rest=partial(AdamW))
+    with pytest.raises(ValueError, match=r"optimizer\.rest\.lr must be positive; got 0"):
+        by_role(network(), partial(SGD, lr=0.1), takes="matrix", rest=partial(AdamW, lr=0.0))
+    twice = by_role(network(), partial(SGD, lr=0.1), takes=["matrix", "matrix"], rest=partial(AdamW))
+    assert [group["role"] for group in twice.children[0].param_groups] == ["matrix"]

@@ -82,7 +82,8 @@ def choose(words: list[str]) -> DictConfig:
         outer, _, option = wish.partition("=")
         # What is wished of an optimizer is wished of the one within it, too: optimizer/base.
         for group in (outer, *(inner for inner in raw["choices"] if inner.startswith(f"{outer}/"))):
-            for key, value in leaves(settings, group.replace("/", ".")):
+            node = group.partition("@")[2] or group.replace("/", ".")  # optimizer/rest@optimizer.base.rest
+            for key, value in leaves(settings, node):
                 if exists(raw, key) and option in ("", chosen.get(group)):
                     OmegaConf.update(cfg, key, value)
     return cfg

@@ -22,6 +22,7 @@ from trainkit.launch.check.choices import (
     check_inner,
     check_jobs,
     check_launcher,
+    check_rest,
     check_sweep,
 )
 from trainkit.launch.check.composition import Composition
@@ -194,6 +195,7 @@ OWN_NODES = (check_compile, check_sample, check_export, check_plan)
 CHECKS = (
     check_mode,
     check_companions,
+    check_rest,
     check_nodes,
     check_missing,
     check_top,

@@ -23,9 +23,8 @@ FACTS = (
     "fingerprint",
 )  # what only reading the data tells
 
-WHO_STEPS = ("_target_", "takes", "rest._target_")
-STEPPED = [f"{node}.{key}" for node in ("optimizer", "optimizer.base") for key in WHO_STEPS]
-SAME = ("model", "norm", "norm_layer", "data", "seed", "to", *STEPPED)  # what a run that is continued keeps
+# What a run that is continued keeps. An optimizer's settings come back with its state, whatever the configuration says.
+SAME = ("model", "norm", "norm_layer", "data", "seed", "to", "optimizer")
 UNSEEN = (".cache_dir", "data.workers")  # settings of data on which no number depends
 PLACES = ("data.path", "data.val_path")  # nor on these, of data that are known by their fingerprint
 

@@ -158,9 +158,10 @@ def sources(choices: Mapping[str, Any], folders: Folders) -> list[Source]:
     """The files behind `choices`, with the files that they include; what stands in a later one wins."""
     found = [Source("conf/config.yaml", CONF / "config.yaml")]
     order = list(default_groups())
-    for group, options in sorted(choices.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1):
+    for choice, options in sorted(choices.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1):
+        group, _, at = choice.partition("@")  # optimizer/rest@optimizer.base.rest
         for option in options if isinstance(options, list) else [options]:
-            found.extend(with_includes(group, option, folders, choices))
+            found.extend(_with_includes(f"{choice}={option}", group, option, folders, choices, at or None))
     return found
 
 
@@ -183,9 +184,11 @@ def _with_includes(
         return
     source = Source(choice, path, group, at)
     for inner, name, is_override in source.defaults():
-        if not is_override and name != "_self_" and not (inner in choices and inner.startswith(f"{group}/")):
-            for one in name if isinstance(name, list) else [name]:
-                where = source.package_of(inner, one)
+        for one in name if isinstance(name, list) else [name]:
+            where = source.package_of(inner, one)
+            chosen = {inner, f"{inner}@{where}"} if where == inner.replace("/", ".") else {f"{inner}@{where}"}
+            is_chosen = inner.startswith(f"{group}/") and any(choice in choices for choice in chosen)
+            if not is_override and one != "_self_" and not is_chosen:
                 yield from _with_includes(choice, inner, one, folders, choices, where, depth + 1)
     yield source
 

@@ -71,11 +71,13 @@ def over_roles(
 ) -> Optimizer:
     """by_role for parameters whose roles are known already."""
     lr_factor(lr_batch_rule, 1, reference_batch)  # refuses what is neither a rule nor a batch
-    taken = list(found) if takes == "all" else list(takes)
+    taken = list(found) if takes == "all" else [takes] if isinstance(takes, str) else list(dict.fromkeys(takes))
     for name in taken:
         if name not in found:
             raise ValueError(f"optimizer.takes names role {name!r}, but the model's parameters are {_counts(found)}")
     left = [name for name in found if name not in taken]
+    if not taken:
+        raise ValueError(f"optimizer.takes names no role; the model's parameters are {_counts(found)}")
     if left and not rest:
         raise ValueError(
             f"optimizer.takes leaves out the roles {', '.join(left)}: who steps them? Try optimizer/rest=adamw"
@@ -91,7 +93,12 @@ def over_roles(
         return made
 
     first = build(factory, taken)
-    return Partition([first, build(rest, left)]) if left and rest else first
+    if not left or not rest:
+        return first
+    try:
+        return Partition([first, build(rest, left)])
+    except ValueError as error:
+        raise ValueError(str(error).replace("optimizer.", "optimizer.rest.", 1)) from error
 
 
 def scale_lr(optimizer: Optimizer, batch: int) -> None:

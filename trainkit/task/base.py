@@ -123,6 +123,15 @@ class Task(LightningModule):
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        # A checkpoint brings the rate that the step to come would have had; the schedule may be longer now.
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for scheduler in (s for s in schedulers if isinstance(s, LambdaLR)):
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [lr * factor(scheduler.last_epoch) for lr, factor in rates]
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.step = self.trainer.global_step + 1
         place = batch_idx % self.trainer.accumulate_grad_batches

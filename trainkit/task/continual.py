@@ -112,6 +112,7 @@ class ContinualClassification(Classification):
         return F.cross_entropy(wide(model(batch.x)), batch.labels, label_smoothing=self.label_smoothing)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self.begun < 0 or self._restored or not isinstance(self.learner, Learner):
             return
         if not self.learner.joins_late:

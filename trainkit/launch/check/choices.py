@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from trainkit.launch.check.composition import Composition
+from trainkit.launch.check.composition import Composition, select
 from trainkit.launch.explain import UserError, did_you_mean, listed, shown
 from trainkit.launch.sources import Folders, Source, owners
 
@@ -107,13 +107,31 @@ def check_choice(word: Override, folders: Folders, standing: Collection[str]) ->
 def check_inner(word: Override, folders: Folders, chosen: Mapping[str, Any]) -> None:
     """A group within a group (optimizer/base) needs an option that chooses from it. chosen: what else is, by group."""
     inner, typed = word.key_or_group, word.input_line
-    group = inner.rpartition("/")[0]
+    group, _, name = inner.rpartition("/")
     having = owners(inner, folders) if group else []
-    if having and str(chosen.get(group)) not in having:
-        raise UserError(
-            f"{typed}: {group}={chosen.get(group)} takes no {inner}",
-            f"choose one that does: {' or '.join(f'{group}={option}' for option in having)}",
-        )
+    if not having or word.package or str(chosen.get(group)) in having:
+        return
+    deeper = [other for other in folders.groups if other.startswith(f"{group}/") and other != inner]
+    within = [other for other in deeper if str(chosen.get(group)) in owners(other, folders)]
+    lacking = [option for option in folders.options(group) if option not in having]
+    few = [f"{group}={option}" for option in (having if len(having) <= len(lacking) else lacking)]
+    raise UserError(
+        f"{typed}: {group}={chosen.get(group)} takes no {inner}",
+        *(f"for that of its {other}: {inner}@{other.replace('/', '.')}.{name}={word.value()}" for other in within),
+        f"choose one that does: {'' if len(having) <= len(lacking) else 'any but '}{' or '.join(few)}",
+    )
+
+
+def check_rest(job: Composition) -> None:
+    """Who is to step the other roles has some to step."""
+    for word in job.words:
+        inner, _, at = word.key_or_group.partition("@")
+        node = (word.package or at or "optimizer.rest").removesuffix(".rest")
+        if inner == "optimizer/rest" and select(job.raw, node).get("takes") == "all":
+            raise UserError(
+                f"{word.input_line}: {node}.takes=all leaves it nothing to step",
+                f"say which roles the optimizer takes itself: {node}.takes=[matrix]",
+            )
 
 
 def check_companions(job: Composition) -> None:

@@ -29,6 +29,8 @@ def check_guards(job: Composition) -> None:
         message = refusal(target, given)
         if message:
             named = f"{key.split('.')[0]}." in message
+            if key.startswith("optimizer."):  # an optimizer within another knows itself by its group alone
+                message = message.replace("optimizer.", f"{key}.", 1)
             raise UserError(message if named else f"{key}{job.where(f'{key}._target_')}: {message}")
 
 

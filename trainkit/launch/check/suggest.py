@@ -53,10 +53,13 @@ def _siblings(parent: str, raw: dict[str, Any], job: Composition) -> Iterable[st
 def _other_option(key: str, job: Composition) -> str:
     """Which options of the group have the key that the chosen one lacks; optimizer/base goes before optimizer."""
     parts = key.split(".")
-    above = ("/".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
-    group = next((group for group in above if group in job.choices), "")
+    elsewhere = {choice.partition("@")[2] for choice in job.choices}  # of a group whose option has another place
+    above = [parts[:i] for i in range(len(parts) - 1, 0, -1)]
+    group = next(("/".join(p) for p in above if "/".join(p) in job.choices or ".".join(p) in elsewhere), "")
     having = options_with(key, group, job.folders) if group else []
-    return f"{key} exists with {group}={' or '.join(having)}; chosen is {group}={job.choices[group]}" if having else ""
+    return (
+        f"{key} exists with {group}={' or '.join(having)}; chosen is {group}={job.choices.get(group)}" if having else ""
+    )
 
 
 def _through(raw: dict[str, Any], key: str) -> tuple[str, str] | None:
