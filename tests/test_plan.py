@@ -140,7 +140,10 @@ def test_flops_are_those_of_a_real_step(words):
     assert planner.flops * planner.samples == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sinkgd", "galore", "dct_adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", "muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sinkgd", "galore", "dct_adamw"))],
+)
 def test_optimizer_state_is_that_of_a_real_run(optimizer, tmp_path):
     words = ["model=llama_9m", "model.depth=3", "model.width=32", "model.hidden=80", "model.context=32"]
     words += [f"optimizer={optimizer}", "data.batch_size=4", f"paths.log_dir={tmp_path}", "trainer.threads=1"]

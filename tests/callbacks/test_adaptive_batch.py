@@ -397,6 +397,7 @@ def words(tmp_path):
     return [*SMALL, *data, *settings, "callbacks.adaptive_batch.eta=0.4", "callbacks.checkpoint.every_n_steps=1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_is_the_unbroken_one(words):
     words = [*words, "model.dropout=0.1", "trainer.log_every_n_steps=1"]
     unbroken = trainkit.run([*words, "trainer.max_steps=6"]).dir

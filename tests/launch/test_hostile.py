@@ -140,6 +140,7 @@ def test_words_that_call_something_else_are_refused(attack):
     assert "os.system may not be called from a configuration" in attack("resume", overrides)
 
 
+@pytest.mark.slow
 def test_a_program_is_not_run_by_the_command_or_by_load(words, tmp_path):  # noqa: F811
     run, mark = trainkit.run([*words, "trainer.max_steps=1"]).dir, tmp_path / "mark"
     checkpoint(within_a_state)(run, mark)

@@ -188,6 +188,7 @@ def test_without_it_a_divergence_is_a_failure(go, tmp_path):  # noqa: F811
     assert not (directory(tmp_path) / "lr_sensitivity.md").exists()
 
 
+@pytest.mark.slow
 def test_a_continued_sweep_over_learning_rates_is_the_same(go, tmp_path):  # noqa: F811
     assert go(*LR) == 0
     assert go("sweep.resume=last", *LR) == 0

@@ -102,7 +102,7 @@ def test_large_parameters_are_decided_whole(monkeypatch):
     test_each_view_fires_where_the_gradient_is_orthogonal(False)
 
 
-@pytest.mark.parametrize("delta", [1.0, 1e9])
+@pytest.mark.parametrize("delta", [pytest.param(1.0, marks=pytest.mark.slow), 1e9])
 def test_compiled_it_is_the_same(delta):
     """Some projected as a whole and some not, in several steps; or all row by row."""
     shapes, settings = [(100, 100), (7,)], {"lr": 0.01, "weight_decay": 0.1, "delta": delta}

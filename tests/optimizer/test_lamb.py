@@ -122,14 +122,20 @@ def test_it_is_adamw_where_the_ratio_is_one():
     toy.same(lamb, adamw, shapes=[(12, 5), (4, 9)])
 
 
-@pytest.mark.parametrize("changed", [{}, {"caution": True, "decoupled_decay": True, "grad_averaging": False}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"caution": True, "decoupled_decay": True, "grad_averaging": False},
+    ],
+)
 def test_compiled_it_is_the_same(changed):
     shapes = [(100, 90), (7,), (130, 70)]
     settings = {**DEFAULTS, **changed}
     toy.same(lambda ps: LAMB(ps, **settings, compile=True), lambda ps: LAMB(ps, **settings), shapes=shapes)
 
 
-@pytest.mark.parametrize("scales", [(1e-6, 1, 1), (1, 1e-6, 1)])
+@pytest.mark.parametrize("scales", [(1e-6, 1, 1), pytest.param((1, 1e-6, 1), marks=pytest.mark.slow)])
 def test_compiled_it_clips_when_gradients_are_long_and_only_then(scales):
     """With a second group that is never clipped."""
 

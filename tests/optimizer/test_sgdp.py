@@ -50,7 +50,7 @@ def test_without_a_limit_it_is_sgd():
     )
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("nesterov", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_it_is_the_same(nesterov):
     shapes = [(100, 90), (7,)]
     settings = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "delta": 1e9 if nesterov else 1.0}

@@ -135,6 +135,7 @@ def test_accumulation_gives_the_same_training(words):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:PowerNorm in a causal model leaks")
+@pytest.mark.slow
 def test_resume_continues_as_if_never_stopped(words):  # noqa: F811
     words = [
         *words,
