@@ -51,7 +51,6 @@ class AdamP(MultiTensorOptimizer):
         now = numbers(betas, bucket.step, lr=lr)
         fixed = {"beta1": betas[0], "beta2": betas[1], "eps": group["eps"]}
         fixed |= {"nesterov": group["nesterov"], "compile": group["compile"]}
-
         look_at = {"delta": group["delta"], "eps": group["eps"], "compile": group["compile"]}
 
         def adamw(part: Bucket) -> None:

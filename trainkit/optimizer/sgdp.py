@@ -51,7 +51,6 @@ class SGDP(MultiTensorOptimizer):
         shrink = lr * group["weight_decay"] / (1 - momentum)
         fixed = {"momentum": momentum, "nesterov": group["nesterov"], "compile": group["compile"]}
         gain = 1 - group["dampening"]
-
         look_at = {"delta": group["delta"], "eps": group["eps"], "compile": group["compile"]}
 
         def unprojected(part: Bucket) -> None:

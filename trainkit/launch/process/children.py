@@ -18,7 +18,6 @@ TAIL = 1 << 16  # bytes of a console file that are looked at
 GRACE = 30.0  # seconds that interrupted jobs may take to end by themselves
 LEFT_OVER = 5.0  # seconds that what a child started may take to end after it
 
-
 # What a launcher or a run leaves in the environment, and what would make the next job part of the last one.
 FOREIGN = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 FOREIGN += ("MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_RESUME", rundir.SHARED_DIR)
